@@ -1,0 +1,986 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "typer>=0.19"]
+# ///
+# SPDX-License-Identifier: MIT
+"""Momentum Contrast (MoCo) in one file, with a specification that runs: `pytest`.
+
+MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. A training step, and the sections it is in:
+
+    images uint8 (N,3,H,W) ──SplitTwoViews──► x_q, x_k float (N,3,S,S)            Data, Views
+    x_q ── encoder_q ──► q (N,C) ───────────────────────────┐                     Encoder
+    x_k ── shuffle ── encoder_k ── unshuffle ──► k (N,C) ───┼─► info_nce ─► SGD   Contrast, Training
+                                                            └─► queue (C,K)
+    every step begins with  θ_k ← m·θ_k + (1−m)·θ_q
+    encoder_q's pooled features (N,D) ──► knn_predict                             Evaluation
+
+Shapes: N images a batch, S pixels a side of a view, D pooled features, C = dim of the embedding, K keys in the queue.
+"""
+
+import contextlib
+import copy
+import csv
+import ctypes
+import dataclasses
+import datetime
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as tvf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+
+class UserError(ValueError):
+    """Say a user's mistake in one line that names the flag or the file and the way out."""
+
+
+# ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
+
+COUNT = (lambda value: 1 <= value < math.inf, "must be at least 1")
+NATURAL = (lambda value: 0 <= value < math.inf, "must be at least 0")
+POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold the options of a run: type, help text, rule and default. Raises UserError for what cannot work."""
+
+    preset: Annotated[Literal["cifar10", "v1", "v2", "tiny"], "defaults to start from"] = "cifar10"
+    data: Annotated[str, "cifar10, cifar100, shapes (built in) or a folder of images"] = "cifar10"
+    root: Annotated[str, "folder to keep cifar10 and cifar100 in"] = "data"
+    size: Annotated[int, "side of a view in pixels", COUNT] = 32
+    workers: Annotated[int, "processes that read a folder's images", NATURAL] = 2
+    arch: Annotated[Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x8d"], "backbone"] = (
+        "resnet18"
+    )
+    stem: Annotated[Literal["cifar", "imagenet"], "first layers: 3x3, or 7x7 with stride 2 and max-pool"] = "cifar"
+    width: Annotated[float, "factor on all channels", (lambda w: 1 / 8 <= w < 99, "must be at least 1/8")] = 1.0
+    bn_splits: Annotated[int, "groups of the batch that BatchNorm normalises apart", COUNT] = 8
+    mlp: Annotated[bool, "2-layer head (v2), else a linear one (v1)"] = True
+    moco_dim: Annotated[int, "C, dimension of the embedding", COUNT] = 128
+    moco_k: Annotated[int, "K, keys in the queue", COUNT] = 4096
+    moco_m: Annotated[float, "m, momentum of the key encoder", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.99
+    moco_t: Annotated[float, "T, temperature of the loss", POSITIVE] = 0.1
+    symmetric: Annotated[bool, "query with both views and add the two losses"] = False
+    aug: Annotated[Literal["cifar", "v1", "v2"], "recipe of the views"] = "cifar"
+    epochs: Annotated[int, "passes over the images", COUNT] = 100
+    batch_size: Annotated[int, "images a step", COUNT] = 512
+    lr: Annotated[float, "peak learning rate of SGD", POSITIVE] = 0.06
+    wd: Annotated[float, "weight decay", NATURAL] = 5e-4
+    cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
+    schedule: Annotated[tuple[int, ...], "with --no-cos, the epochs that multiply the learning rate by 0.1"] = (
+        120,
+        160,
+    )
+    seed: Annotated[int, "of weights, order, views and shuffles", NATURAL] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
+    precision: Annotated[Literal["auto", "bf16", "fp32"], "bf16 autocast; auto: if the hardware has it"] = "auto"
+    compile: Annotated[bool, "torch.compile the encoders"] = False
+    knn_every: Annotated[int, "epochs between kNN accuracies; 0: only at the end", NATURAL] = 10
+    knn_k: Annotated[int, "neighbours that vote", COUNT] = 200
+    knn_t: Annotated[float, "temperature of their votes", POSITIVE] = 0.1
+    out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
+    overwrite: Annotated[bool, "replace --out if it exists"] = False
+
+    @classmethod
+    def from_preset(cls, preset: str = "cifar10", **explicit: Any) -> "Config":
+        """Take a preset's defaults and, over them, the explicit options."""
+        return cls(**{**PRESETS.get(preset, {}), "preset": preset, **explicit})
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config, include_extras=True).items():
+            value, (kind, _, *rules) = getattr(self, name), get_args(hint)
+            if get_origin(kind) is Literal:
+                rules = [(get_args(kind).__contains__, f"choose from {', '.join(get_args(kind))}")]
+            for holds, rule in rules:
+                if not holds(value):
+                    raise UserError(f"{flag(name)} {value}: {rule}")
+        if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
+            raise UserError(
+                f"--batch-size {self.batch_size}: must be a multiple, from twice up, of --bn-splits {self.bn_splits}"
+            )
+
+
+V1 = dict(
+    data="data/imagenet", size=224, workers=16, arch="resnet50", stem="imagenet", bn_splits=1, mlp=False,
+    moco_k=65536, moco_m=0.999, moco_t=0.07, aug="v1", epochs=200, batch_size=256, lr=0.03, wd=1e-4, cos=False,
+)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": {},
+    "v1": V1,
+    "v2": V1 | dict(mlp=True, moco_t=0.2, aug="v2", cos=True),
+    "tiny": dict(data="shapes", width=0.25, bn_splits=4, moco_k=2048, epochs=8, batch_size=128),
+}
+
+
+def flag(name: str) -> str:
+    """Spell an option as on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def rng(*key: int | str) -> torch.Generator:
+    """Make the CPU generator that belongs to a key such as ("step", seed, step), whatever was drawn before."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # torch's CPU engine takes 32 bits of a seed
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# ────────────────────────────────────────────────── Data ──────────────────────────────────────────────────
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass
+class InMemory:
+    """Hold a split's images uint8 (M,3,H,W) and labels (M,) int64 on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, keys: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
+        """Yield the images uint8 (N,3,H,W) of each key (epoch, indices); to cut them is left to the device."""
+        for _, indices in keys:
+            yield self.images[indices.to(self.images.device, non_blocking=True)]
+
+
+@dataclass
+class Folder(Dataset):
+    """Hold a split's M paths, which worker processes decode, and labels (M,) int64 if there are any."""
+
+    paths: list[str]
+    labels: Tensor | None
+    workers: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, keys: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
+        """Yield for each key (epoch, indices) what `cut(image, epoch, index)` makes of its images: uint8 (…,N,3,S,S).
+
+        Raises UserError for a file that is no image.
+        """
+        pinned = self.device.type == "cuda"
+        loader = DataLoader(Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, pin_memory=pinned)
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch.to(self.device, non_blocking=True)
+
+
+@dataclass
+class Decoder(Dataset):
+    """Decode and cut the images of a key (epoch, indices), in a worker."""
+
+    paths: list[str]
+    cut: Callable
+
+    def __getitem__(self, key: tuple[int, Tensor]) -> Tensor | UserError:
+        epoch, indices = key
+        cuts = []
+        for i in indices.tolist():
+            try:
+                image = torchvision.io.decode_image(self.paths[i], mode="RGB", apply_exif_orientation=True)
+            except RuntimeError:  # returned, since a DataLoader would wrap a raised one in the worker's traceback
+                return UserError(f"{self.paths[i]}: no image that can be decoded; mend or remove it")
+            cuts.append(self.cut(image, epoch, i))
+        return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
+
+
+@dataclass
+class Data:
+    """Hold the images to train on, which are kNN's bank too, and those to test on: None without labels."""
+
+    train: InMemory | Folder
+    test: InMemory | Folder | None
+    classes: int
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """Load the images that --data names. Raises UserError where there are none."""
+    if config.data == "shapes":
+        splits = [shapes(6_000, "train"), shapes(2_000, "test")]
+    elif config.data in ("cifar10", "cifar100"):
+        splits = [cifar(config, train) for train in (True, False)]
+    else:
+        return scan(config, device)
+    train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in splits)
+    return Data(train, test, int(splits[0][1].max()) + 1)
+
+
+def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """Return a split's images uint8 (M,3,32,32) and labels (M,), downloaded on first use."""
+    try:
+        split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--data {config.data}: not in --root {config.root} and not to be downloaded ({str(error).splitlines()[0]}); "
+            "try --data shapes, which is built in, or a folder of images"
+        ) from error
+    return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
+
+
+def scan(config: Config, device: torch.device) -> Data:
+    """List a folder: train/CLASS/* with val/CLASS/* or test/CLASS/*, or else every image in it, without labels."""
+    root, train = config.data, os.path.join(config.data, "train")
+    if not os.path.isdir(root):
+        raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
+    test = next((path for name in ("val", "test") if os.path.isdir(path := os.path.join(root, name))), None)
+    classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir()) if os.path.isdir(train) else []
+    labelled = bool(classes and test)
+    folders = []
+    for top in (train, test) if labelled else (root,):
+        walk = os.walk(top, followlinks=True)
+        paths = sorted(os.path.join(d, f) for d, _, files in walk for f in files if f.lower().endswith(SUFFIXES))
+        if not paths:
+            raise UserError(f"--data {root}: no images in {top}, looked for {' '.join(SUFFIXES)}")
+        names = [os.path.relpath(path, top).split(os.sep)[0] for path in paths]
+        if labelled and (strays := set(names) - set(classes)):
+            raise UserError(f"--data {root}: {os.path.join(top, min(strays))} belongs to no class folder of {train}")
+        labels = torch.tensor([classes.index(name) for name in names]) if labelled else None
+        folders.append(Folder(paths, labels, config.workers, device))
+    return Data(folders[0], folders[1] if labelled else None, len(classes))
+
+
+FORMS: tuple[Callable, ...] = (  # of |u| and |v|, below 0 inside: disk, cross
+    lambda a, b: torch.hypot(a, b) - 1,
+    lambda a, b: torch.minimum(torch.maximum(a - 0.4, b - 1), torch.maximum(b - 0.4, a - 1)),
+)
+TEXTURES: tuple[Callable, ...] = (  # of two phases, above 0 inked: plain, stripes, checks, dots, rings
+    lambda u, v: torch.ones_like(u),
+    lambda u, v: u.sin(),
+    lambda u, v: u.sin() * v.sin(),
+    lambda u, v: u.cos() + v.cos() - 0.7,
+    lambda u, v: torch.maximum(u.sin(), v.sin()) - 0.8,
+)
+
+
+def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
+    """Draw n images uint8 (n,3,32,32) and labels (n,): two forms in five textures, all else at random.
+
+    Colours, place, size, rotation and ground vary; `split` seeds them.
+    """
+    generator, images = rng("shapes", split), torch.empty(n, 3, 32, 32, dtype=torch.uint8)
+    axis = (torch.arange(32) + 0.5) / 16 - 1
+    for label in range(10):
+        count = len(images[label::10])
+
+        def uniform(low: float, high: float, *shape: int, count: int = count) -> Tensor:
+            return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+        angle, radius, period = uniform(0, 2 * math.pi, 1, 1), uniform(0.6, 0.9, 1, 1), uniform(0.4, 0.5, 1, 1)
+        y, x = axis[:, None] - uniform(-0.3, 0.3, 1, 1), axis - uniform(-0.3, 0.3, 1, 1)
+        u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+        inside = (0.5 - 16 * radius * FORMS[label // 5]((u / radius).abs(), (v / radius).abs())).clamp(0, 1)
+        phase = uniform(0, 2 * math.pi, 2, 1, 1)
+        wave = 2 * math.pi / period
+        ink = (0.5 + 2 * TEXTURES[label % 5](wave * u + phase[:, 0], wave * v + phase[:, 1])).clamp(0, 1)
+        light = uniform(0, 1, 1, 1, 1)
+        ground, paper, pen = ((light + i / 3) % 1 + uniform(-0.1, 0.1, 3, 1, 1) for i in range(3))
+        image = torch.lerp(ground, torch.lerp(paper, pen, ink[:, None]), inside[:, None])
+        image = image + 0.03 * torch.randn(count, 3, 32, 32, generator=generator)
+        images[label::10] = (image.clamp(0, 1) * 255).byte()
+    return images, torch.arange(n) % 10
+
+
+# ────────────────────────────────────────────────── Views ─────────────────────────────────────────────────
+#
+# Images x are float (N,3,H,W) in [0,1], parameters one an image. To choose between two images, torch.lerp with a weight
+# of 0 or 1 takes a CPU a twentieth of torch.where's time; in-place operations spare it much memory traffic.
+
+
+def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Draw boxes (n,4) of top, left, height, width as torchvision's RandomResizedCrop does.
+
+    The area is uniform in `scale`, the logarithm of the ratio in ±log 4/3; of ten tries the first that fits counts, else
+    the centre.
+    """
+    u = torch.rand(4, n, 10, generator=generator)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
+    ratio = (math.log(4 / 3) * (2 * u[1] - 1)).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    top, left = (u[2] * (height - h + 1)).floor(), (u[3] * (width - w + 1)).floor()
+    fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    boxes = torch.cat([x.gather(1, first) for x in (top, left, h, w)], 1)
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    centre = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
+    return torch.where(fits.any(1, keepdim=True), boxes.long(), centre)
+
+
+def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Write "cut [start, start+length) out of a line of pixels and resize it" as matrices (N,size,pixels).
+
+    The weights are those of bilinear interpolation with antialiasing: a triangle as wide as the larger pixel.
+    """
+    pixel = torch.arange(pixels, device=start.device) + 0.5
+    start, length = start[:, None, None], length[:, None, None]
+    step = length / size
+    centre = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    weights = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel > start) & (pixel < start + length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Compute rows (N,S,H) · x · columnsᵀ (N,W,S) for each channel: (N,3,S,S)."""
+    n, channels, height, width = x.shape
+    x = x.transpose(1, 2).reshape(n, height * channels, width) @ columns.mT
+    x = rows @ x.reshape(n, height, -1)
+    return x.view(n, rows.shape[1], channels, columns.shape[1]).transpose(1, 2)
+
+
+def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut each image to its box (N,4) and resize that to (N,3,size,size), bilinearly."""
+    top, left, h, w = boxes.unbind(1)
+    return separable(x, resampling(top, h, x.shape[2], size), resampling(left, w, x.shape[3], size))
+
+
+def grey(x: Tensor) -> Tensor:
+    """Return the luma (N,1,H,W), ITU-R 601."""
+    r, g, b = x.split(1, 1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Adjust brightness (operation 0), contrast (1) or saturation (2) by a factor; both parameters are (N,1,1,1).
+
+    Each is factor·x + (1−factor)·reference, clamped; the reference is black, the mean luma or the luma.
+    """
+    luma = grey(x)
+    mean = luma.mean((1, 2, 3), keepdim=True)
+    reference = torch.addcmul(mean * (operation == 1), luma, (operation == 2).to(x))
+    return torch.lerp(reference, x, factor).clamp_(0, 1)
+
+
+def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Add `turn` (N,1,1,1), in turns of the colour circle, to the hue; HSV's saturation and value stay."""
+    r, g, b = x.split(1, 1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    is_r, is_g = (r - value).sign_().add_(1), (g - value).sign_().add_(1)
+    sixths = (r - g).add_(chroma, alpha=4).lerp_((b - r).add_(chroma, alpha=2), is_g).lerp_(g - b, is_r)
+    hue = sixths.div_(chroma.clamp(min=1e-9)).div_(6).add_(turn + 2)  # + 2 makes it positive, for frac
+    phase = (hue + torch.arange(5, 0, -2, device=x.device)[:, None, None] / 6).frac_()  # of red, green and blue
+    return value - phase.mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma)
+
+
+def colour_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Apply brightness, contrast, saturation and hue (0 to 3) by factors (N,4), in each image's own order (N,4).
+
+    Hue costs most: all images take it at one moment, with up to three blends before it and three after it.
+    """
+    hue = (order == 3).int().argmax(1)[:, None, None, None]
+    factor = factors.gather(1, order)[:, :, None, None, None]
+    order, turn = order[:, :, None, None, None], factors[:, 3, None, None, None]
+    for slot in (0, 1, 2):
+        x = blend(x, order[:, slot], torch.where(slot < hue, factor[:, slot], 1))
+    x = shift_hue(x, turn)
+    for slot in (1, 2, 3):
+        x = blend(x, order[:, slot], torch.where(slot > hue, factor[:, slot], 1))
+    return x
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur square images by sigma (N,1) pixels, with a kernel of a tenth of the side, borders reflected."""
+    size = x.shape[-1]
+    taps = torch.arange(-(size // 20), size // 20 + 1, device=x.device)
+    weights = (-0.5 * (taps / sigma) ** 2).softmax(1)
+    pixel = (torch.arange(size, device=x.device)[:, None] + taps).abs()
+    pixel = (size - 1 - (size - 1 - pixel).abs()).expand(len(x), -1, -1)
+    lines = x.new_zeros(len(x), size, size).scatter_add_(2, pixel, weights[:, None].expand(pixel.shape))
+    return separable(x, lines, lines)
+
+
+def random_jitter(x: Tensor, draw: Callable, *strengths: float) -> Tensor:
+    """Draw an order, factors in 1 ± strength for brightness, contrast and saturation, and hue's in 0 ± strength."""
+    spread = torch.stack([strength * (2 * draw(len(x)) - 1) for strength in strengths], 1)
+    return colour_jitter(x, draw(len(x), 4).argsort(1), spread + (torch.arange(4, device=x.device) < 3))
+
+
+STEPS: dict[str, Callable] = {  # (x, draw, *strengths) -> x; draw(*shape) is uniform in [0,1)
+    "flip": lambda x, draw: x.flip(-1),
+    "grey": lambda x, draw: grey(x),
+    "jitter": random_jitter,
+    "blur": lambda x, draw, low, high: gaussian_blur(x, low + (high - low) * draw(len(x), 1)),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Describe the views: area of the crop, then steps of name, probability and strengths, then normalisation."""
+
+    scale: tuple[float, float]
+    steps: tuple[tuple, ...]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    margin: float = 256 / 224  # to evaluate, the shorter side becomes margin·S, and the centre S×S is cut out
+
+
+JITTER, GREY, BLUR, FLIP = ("jitter", 0.8, 0.4, 0.4, 0.4, 0.1), ("grey", 0.2), ("blur", 0.5, 0.1, 2.0), ("flip", 0.5)
+RECIPES = {
+    "cifar": Recipe((0.08, 1), (FLIP, JITTER, GREY), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), margin=1),
+    "v1": Recipe((0.2, 1), (GREY, ("jitter", 1, 0.4, 0.4, 0.4, 0.4), FLIP)),
+    "v2": Recipe((0.2, 1), (JITTER, GREY, BLUR, FLIP)),
+}
+
+
+class Augment(nn.Module):
+    """Turn images into random views by a recipe, on the images' device, with an independent draw for every image.
+
+    The draws come from a CPU generator, so that a seed gives the same views on every device.
+    """
+
+    def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
+        super().__init__()
+        self.recipe, self.size = RECIPES[recipe], size
+        self.register_buffer("mean", torch.tensor(self.recipe.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.recipe.std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crop images uint8 (N,3,H,W) and `finish` them: float (N,3,S,S), normalised."""
+        boxes = crop_boxes(len(images), *images.shape[2:], self.recipe.scale, generator)
+        return self.finish(crop(images / 255, boxes.to(images.device, non_blocking=True), self.size), generator)
+
+    def finish(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Take crops (N,3,S,S) in [0,1] through the recipe's steps and normalise them."""
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator).to(x.device, non_blocking=True)
+
+        for name, probability, *strengths in self.recipe.steps:
+            chosen = (draw(len(x), 1, 1, 1) < probability).to(x)
+            x = torch.lerp(x, STEPS[name](x, draw, *strengths), chosen)
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Subtract the recipe's mean, divide by its standard deviation."""
+        mean, std = (c.to(x.device, non_blocking=True) for c in (self.mean, self.std))
+        return (x - mean) / std
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Prepare images uint8 (N,3,H,W) for evaluation: their centre (N,3,S,S), normalised."""
+        return self.normalise(self.centre(images) / 255)
+
+    def centre(self, images: Tensor, *_: int) -> Tensor:
+        """Resize uint8 (…,3,H,W) to a shorter side of margin·S and cut out the centre (…,3,S,S)."""
+        side = round(self.size * self.recipe.margin)
+        return tvf.center_crop(tvf.resize(images, [side], antialias=True), [self.size, self.size])
+
+
+@dataclass
+class SplitTwoViews:
+    """Make two views of every image, each with draws of its own."""
+
+    augment: Augment
+    seed: int = 0
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return x_q, x_k (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
+        if images.dim() == 5:
+            x_q, x_k = (self.augment.finish(crops / 255, generator) for crops in images)
+        else:
+            x_q, x_k = (self.augment(images, generator) for _ in range(2))
+        return x_q, x_k
+
+    def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """Take both views' crops uint8 (2,3,S,S) from an image (3,H,W) at its own resolution, as a worker does."""
+        size, scale = self.augment.size, self.augment.recipe.scale
+        boxes = crop_boxes(2, *image.shape[1:], scale, rng("crop", self.seed, epoch, index))
+        return torch.stack([tvf.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()])
+
+
+# ───────────────────────────────────────────────── Encoder ────────────────────────────────────────────────
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Normalise each of `num_splits` contiguous groups of the batch by its own statistics, as so many ranks would.
+
+    The running statistics move once a forward pass, by the mean of the groups' statistics. In eval mode it is
+    BatchNorm2d, whose options and names it has. Raises ValueError if a training batch cannot be cut evenly.
+    """
+
+    def __init__(self, num_features: int, num_splits: int = 8, **batchnorm_options: Any) -> None:
+        super().__init__(num_features, **batchnorm_options)
+        self.num_splits = num_splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        if len(x) % self.num_splits:
+            raise ValueError(f"a batch of {len(x)} cannot be cut into {self.num_splits} equal groups")
+        f = self.momentum or 0.0
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                f = 1 / float(self.num_batches_tracked)
+        groups = []
+        for left, group in zip(reversed(range(self.num_splits)), x.chunk(self.num_splits)):
+            # moving by f/(G − left·f), group after group, a statistic r ends at (1−f)·r + f·(mean over the groups)
+            step = f / (self.num_splits - left * f)
+            stats = self.running_mean, self.running_var
+            groups.append(F.batch_norm(group, *stats, self.weight, self.bias, True, step, self.eps))
+        return torch.cat(groups)
+
+
+ARCHS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), {}),
+    "resnext50_32x8d": (Bottleneck, (3, 4, 6, 3), {"groups": 32, "base_width": 8}),
+}
+
+
+class ResNetEncoder(nn.Module):
+    """Embed images with a ResNet, 1512.03385, made of torchvision's blocks under its names, and a head `fc`.
+
+    stem: "cifar" (3×3, for small images) or "imagenet"; width: factor on all channels; mlp: MoCo v2's 2-layer head.
+    """
+
+    def __init__(
+        self, arch: str = "resnet18", dim: int = 128, mlp: bool = True, bn_splits: int = 8, stem: str = "cifar",
+        width: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        block, depths, options = ARCHS[arch]
+        norm = partial(SplitBatchNorm, num_splits=bn_splits)
+        planes = channels = int(64 * width)
+        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1, self.relu = norm(channels), nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
+        for i, depth in enumerate(depths):
+            layer = nn.Sequential()
+            for j in range(depth):
+                stride, out, shortcut = 2 if i and not j else 1, planes * block.expansion, None
+                if stride > 1 or out != channels:
+                    shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))
+                layer.append(block(channels, planes, stride, shortcut, norm_layer=norm, **options))
+                channels = out
+            self.add_module(f"layer{i + 1}", layer)
+            planes *= 2
+        self.feature_dim = channels
+        self.fc: nn.Module = nn.Linear(channels, dim)
+        if mlp:
+            self.fc = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), self.fc)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the pooled features (N,D) of images float (N,3,S,S), before the head."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embedding (N,dim), not normalised."""
+        return self.fc(self.features(x))
+
+
+# ──────────────────────────────────────────────── Contrast ────────────────────────────────────────────────
+
+
+def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float) -> Tensor:
+    """Ask each query for its key: L = −q·k₊/T + log(exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T)), MoCo eq. 1, mean over N.
+
+    q, k (N,C) hold unit rows and negatives (C,K) unit columns. It is cross-entropy over the K+1 logits [q·k₊, q·kᵢ]/T
+    with label 0, computed in float32 or finer whatever the autocast.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k, negatives = q.to(dtype) / T, k.to(dtype), negatives.to(dtype)
+        positive = (q * k).sum(1)
+        return (torch.logaddexp(positive, (q @ negatives).logsumexp(1)) - positive).mean()
+
+
+class MoCo(nn.Module):
+    """Contrast queries with a queue of keys from a momentum encoder, 1911.05722, algorithm 1.
+
+    `encoder` is any module that maps a batch to (N,dim): it becomes `encoder_q`. `encoder_k` starts as an equal copy and
+    never receives gradients. `queue` (dim,K) holds unit columns, `queue_ptr` (1,) int64 the place of the oldest.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, dim: int = 128, K: int = 4096, m: float = 0.99, T: float = 0.1,
+        symmetric: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.K, self.m, self.T, self.symmetric = K, m, T, symmetric
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def momentum_update(self) -> None:
+        """Move the key encoder, θ_k ← m·θ_k + (1−m)·θ_q, eq. 2: its parameters, not BatchNorm's statistics."""
+        for theta_k, theta_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
+            theta_k.lerp_(theta_q, 1 - self.m)
+
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, keys: Tensor) -> None:
+        """Replace the oldest of the queue by keys (N,C), for any N; of more than K the newest K stay."""
+        places = self.queue_ptr + torch.arange(len(keys), device=keys.device)
+        self.queue.index_copy_(1, places[-self.K :] % self.K, keys[-self.K :].T.to(self.queue))
+        self.queue_ptr.add_(len(keys)).remainder_(self.K)
+
+    @torch.no_grad()
+    def shuffled_keys(self, im_k: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Compute keys (N,C) in a random order, so that a query and its key share no BatchNorm group, section 3.3."""
+        order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
+        return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
+
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return the loss of two views (N,3,S,S), of both ways added if symmetric; then enqueue the keys."""
+        self.momentum_update()
+        negatives = self.queue.clone()  # backward needs them as they were
+        losses, keys = [], []
+        for x_q, x_k in [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]:
+            q = F.normalize(self.encoder_q(x_q).float(), dim=1)
+            keys.append(self.shuffled_keys(x_k, generator))
+            losses.append(info_nce(q, keys[-1], negatives, self.T))
+        self.dequeue_and_enqueue(torch.cat(keys))
+        return torch.stack(losses).sum()
+
+
+# ─────────────────────────────────────────────── Evaluation ───────────────────────────────────────────────
+
+
+@torch.no_grad()
+def extract_features(encode: Callable, source: InMemory | Folder, augment: Augment, batch_size: int = 512) -> Tensor:
+    """Return `encode` of all M images of a split, in order: float32 (M,D)."""
+    keys = ((0, indices) for indices in torch.arange(len(source)).split(batch_size))
+    return torch.cat([encode(augment.plain(images)).float() for images in source.batches(keys, augment.centre)])
+
+
+def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
+    """Let the k nearest of bank (M,D) vote on the class of features (N,D): labels (N,) int64; InstDisc, 1805.01978.
+
+    A neighbour at cosine similarity s has exp(s/T) votes. Similarities are computed in chunks of 128 MiB at most.
+    Raises ValueError if k is not in [1, M].
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k = {k} neighbours of a bank of {len(bank)}")
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)
+    predictions = []
+    for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
+        similarity, neighbours = (chunk @ bank.T).mul_(scale).topk(k)
+        weights = (similarity / T).softmax(1)  # exp(s/T) over its sum: no T overflows it
+        votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, bank_labels[neighbours], weights)
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def check_knn(config: Config, data: Data) -> None:
+    """Raise UserError if these images cannot serve kNN."""
+    if data.test is None:
+        raise UserError(f"--data {config.data}: kNN needs labels, train/CLASS/* and val/CLASS/* or test/CLASS/*")
+    if config.knn_k > len(data.train):
+        raise UserError(f"--knn-k {config.knn_k}: must be at most {len(data.train)}, the images to choose from")
+
+
+def knn_accuracy(encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False) -> float:
+    """Return the percentage of test images that kNN classifies rightly, by pooled features or by the head's output."""
+    augment = Augment(config.aug, config.size)
+    training = encoder.training
+    encoder.eval()
+    with autocast():
+        encode = encoder if head else encoder.features
+        bank, features = (extract_features(encode, split, augment) for split in (data.train, data.test))
+    encoder.train(training)
+    bank_labels, labels = (split.labels.to(bank.device) for split in (data.train, data.test))
+    right = knn_predict(features, bank, bank_labels, data.classes, config.knn_k, config.knn_t) == labels
+    return 100 * right.double().mean().item()
+
+
+# ────────────────────────────────────────────── Checkpoints ───────────────────────────────────────────────
+
+
+def save_checkpoint(path: str, config: Config, model: nn.Module, optimizer: Any, epoch: int, step: int) -> None:
+    """Write a checkpoint atomically, in the official layout: the names in `state_dict` begin with "module."."""
+    checkpoint = {
+        "epoch": epoch,
+        "step": step,
+        "arch": config.arch,
+        "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "config": dataclasses.asdict(config),
+    }
+    with open(f"{path}.tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, executing nothing of it. Raises UserError if the file is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("epoch", "step", "arch", "state_dict", "optimizer", "config")}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: no checkpoint of moco.py") from error
+
+
+# ──────────────────────────────────────────────── Training ────────────────────────────────────────────────
+
+
+def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autocast]]:
+    """Choose the device, and bf16 autocast if it has bf16 in hardware or --precision wants it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in available if available[name]) if config.device == "auto" else config.device
+    if not available[name]:
+        raise UserError(f"--device {name}: torch {torch.__version__} finds none here; use --device auto")
+    if name == "cuda":
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        hardware = name == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and hardware)
+    return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=bf16)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next: to fetch and clear the pages anew takes a sixth of a CPU step."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # Windows and macOS have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie in the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def build_encoder(config: Config) -> ResNetEncoder:
+    """Make the encoder that a configuration describes."""
+    return ResNetEncoder(config.arch, config.moco_dim, config.mlp, config.bn_splits, config.stem, config.width)
+
+
+def build_model(config: Config) -> MoCo:
+    """Make the model that a configuration describes, always the same for a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(config)
+        return MoCo(encoder, config.moco_dim, config.moco_k, config.moco_m, config.moco_t, config.symmetric)
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    """Return the learning rate after `epoch` epochs, fractions included: cosine, or x0.1 at each of --schedule."""
+    if config.cos:
+        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
+
+
+def batch_keys(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
+    """Yield each step's epoch and indices (N,): an epoch is a permutation of n images less the incomplete batch."""
+    for epoch in range(config.epochs):
+        order = torch.randperm(n, generator=rng("order", config.seed, epoch))
+        for indices in order[: n - n % config.batch_size].split(config.batch_size):
+            yield epoch, indices
+
+
+def check_run(config: Config, data: Data) -> None:
+    """Raise UserError for what would fail later: a file in the way, too large a batch, impossible kNN."""
+    out = Path(config.out)
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out.exists() and not config.overwrite:
+        raise UserError(f"--out {out}: exists already; give --overwrite to replace it, or another --out")
+    if config.batch_size > len(data.train):
+        raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
+    if data.test is not None:
+        check_knn(config, data)
+
+
+@dataclass
+class Progress:
+    """Tell where a run stands after a step, and, after an epoch's last, that epoch's row of the .csv."""
+
+    step: int
+    steps: int
+    loss: Tensor
+    lr: float
+    row: dict[str, Any] | None = None
+
+
+def train(config: Config) -> Iterator[Progress]:
+    """Train MoCo with SGD, yielding after every step; after every epoch write the checkpoint and the .csv.
+
+    Raises UserError, before anything is written, for what options, data and device cannot do together.
+    """
+    device, autocast = pick_device(config)
+    data = load_data(config, device)
+    check_run(config, data)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = build_model(config).to(device, memory_format=torch.channels_last)
+    if config.compile:
+        model.encoder_q.compile()
+        model.encoder_k.compile()
+    parameters = model.encoder_q.parameters()
+    optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
+    split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
+    batches = data.train.batches(batch_keys(len(data.train), config), split_two_views.two_crops)
+    split_two_views.augment.to(device)
+    per_epoch, rows = len(data.train) // config.batch_size, []
+    for epoch in range(config.epochs):
+        started, total = time.perf_counter(), torch.zeros((), device=device)
+        for step, images in enumerate(itertools.islice(batches, per_epoch), epoch * per_epoch):
+            generator = rng("step", config.seed, step)
+            x_q, x_k = split_two_views(images, generator)
+            with autocast():
+                loss = model(x_q, x_k, generator)
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step / per_epoch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            progress = Progress(step + 1, config.epochs * per_epoch, loss.detach(), lr)
+            if step + 1 < (epoch + 1) * per_epoch:
+                yield progress
+        row = {"epoch": epoch + 1, "loss": total.item() / per_epoch, "lr": learning_rate(config, epoch), "knn": None}
+        row["images_per_s"] = per_epoch * config.batch_size / (time.perf_counter() - started)
+        due = epoch + 1 == config.epochs or (config.knn_every and (epoch + 1) % config.knn_every == 0)
+        if due and data.test is not None:
+            row["knn"] = knn_accuracy(model.encoder_q, data, config, autocast)
+        row["seconds"] = time.perf_counter() - started
+        rows.append(row)
+        save_checkpoint(config.out, config, model, optimizer, epoch + 1, step + 1)
+        write_csv(Path(config.out).with_suffix(".csv"), rows)
+        progress.row = row
+        yield progress
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows under a line of their names."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ────────────────────────────────────────────── Command line ──────────────────────────────────────────────
+
+
+def options_from_config(*names: str) -> Callable[[Callable], Callable]:
+    """Give a command, in place of its **options, an option for each named field of Config: None unless given."""
+    import typer
+
+    def decorate(command: Callable) -> Callable:
+        parameters = list(inspect.signature(command).parameters.values())[:-1]
+        hints = get_type_hints(Config, include_extras=True)
+        for name in names:
+            (kind, text, *_), default = get_args(hints[name]), getattr(Config, name)
+            kind = list[int] if isinstance(default, tuple) else kind
+            hint = Annotated[kind | None, typer.Option(help=text, show_default=str(default))]
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+        command.__signature__ = inspect.Signature(parameters)
+        return command
+
+    return decorate
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Keep the options that stood on the command line."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v is not None and v != []}
+
+
+def describe(row: dict[str, Any], config: Config) -> str:
+    """Sum an epoch up in a line."""
+    left = datetime.timedelta(seconds=round(row["seconds"] * (config.epochs - row["epoch"])))
+    line = f"epoch {row['epoch']}/{config.epochs}  loss {row['loss']:.4f}  lr {row['lr']:.4g}"
+    knn = "" if row["knn"] is None else f"  kNN {row['knn']:.2f} %"
+    return f"{line}  {row['images_per_s']:.0f} images/s  ETA {left}{knn}"
+
+
+def show(run: Iterable[Progress], config: Config) -> None:
+    """Draw a run's progress on a terminal, and print a line an epoch anywhere."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    texts = (TextColumn(f"{name} {{task.fields[{name}]}}") for name in ("epoch", "loss", "lr", "images/s"))
+    bar = Bar(BarColumn(), *texts, TextColumn("ETA"), TimeRemainingColumn())
+    bar.disable = not bar.console.is_terminal
+    with bar:
+        task, shown = bar.add_task("", **{"epoch": 1, "loss": "…", "lr": "…", "images/s": "…"}), 0.0
+        for progress in run:
+            if bar.console.is_terminal and (now := time.monotonic()) - shown > 0.5:  # a loss that is read is waited for
+                speed = f"{(bar.tasks[task].speed or 0) * config.batch_size:.0f}"
+                fields = {"epoch": 1 + progress.step * config.epochs // progress.steps, "images/s": speed}
+                fields |= {"loss": f"{progress.loss:.3f}", "lr": f"{progress.lr:.4f}"}
+                bar.update(task, completed=progress.step, total=progress.steps, **fields)
+                shown = now
+            if progress.row:
+                bar.console.print(describe(progress.row, config), highlight=False, soft_wrap=True)
+
+
+def command_line() -> Any:
+    """Make the Typer application."""
+    import typer
+
+    app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
+
+    @app.command("train")
+    @options_from_config(*(field.name for field in dataclasses.fields(Config)))
+    def train_command(**options: Any) -> None:
+        """Train an encoder without labels."""
+        config = Config.from_preset(**given(options))
+        show(train(config), config)
+        print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
+
+    @app.command("knn")
+    @options_from_config("data", "root", "workers", "device", "precision", "knn_k", "knn_t")
+    def knn_command(
+        checkpoint: Annotated[str, typer.Argument(help="file that train wrote")],
+        head: Annotated[bool, typer.Option("--head", help="compare the head's output, not pooled features")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+        **options: Any,
+    ) -> None:
+        """Classify the test images by their nearest training images in a checkpoint's features."""
+        loaded = load_checkpoint(checkpoint)
+        config = Config(**loaded["config"] | given(options))
+        device, autocast = pick_device(config)
+        data = load_data(config, device)
+        check_knn(config, data)
+        model = build_model(config)
+        model.load_state_dict({name.removeprefix("module."): x for name, x in loaded["state_dict"].items()})
+        encoder = model.encoder_q.to(device, memory_format=torch.channels_last)
+        top1 = knn_accuracy(encoder, data, config, autocast, head)
+        result = {"top1": top1, "features": "head" if head else "backbone", "k": config.knn_k, "T": config.knn_t}
+        result |= {"data": config.data, "bank": len(data.train), "queries": len(data.test)}
+        result |= {"checkpoint": checkpoint, "epoch": loaded["epoch"], "device": device.type}
+        print(json.dumps(result) if as_json else "kNN top-1 {top1:.2f} % (k {k}, T {T}, {features})".format(**result))
+
+    return app
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; a user's mistake costs one line on stderr and exit status 2."""
+    try:
+        command_line()(args=argv)
+    except UserError as error:
+        print(f"moco: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
