@@ -44,6 +44,7 @@ import torchvision
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
@@ -143,8 +144,6 @@ def rng(*key: int | str) -> torch.Generator:
 
 # ────────────────────────────────────────────────── Data ──────────────────────────────────────────────────
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
 
 @dataclass
 class InMemory:
@@ -199,8 +198,8 @@ class Decoder(Dataset):
         cuts = []
         for i in indices.tolist():
             try:
-                image = torchvision.io.decode_image(self.paths[i], mode="RGB", apply_exif_orientation=True)
-            except RuntimeError:  # returned, since a DataLoader would wrap a raised one in the worker's traceback
+                image = tvf.pil_to_tensor(default_loader(self.paths[i]))
+            except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
                 return UserError(f"{self.paths[i]}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
         return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
@@ -233,7 +232,7 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
         split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--data {config.data}: not in --root {config.root} and not to be downloaded ({str(error).splitlines()[0]}); "
+            f"--data {config.data}: not in --root {config.root} nor to be downloaded ({str(error).splitlines()[0]}); "
             "try --data shapes, which is built in, or a folder of images"
         ) from error
     return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
@@ -250,9 +249,9 @@ def scan(config: Config, device: torch.device) -> Data:
     folders = []
     for top in (train, test) if labelled else (root,):
         walk = os.walk(top, followlinks=True)
-        paths = sorted(os.path.join(d, f) for d, _, files in walk for f in files if f.lower().endswith(SUFFIXES))
+        paths = sorted(os.path.join(d, f) for d, _, files in walk for f in files if f.lower().endswith(IMG_EXTENSIONS))
         if not paths:
-            raise UserError(f"--data {root}: no images in {top}, looked for {' '.join(SUFFIXES)}")
+            raise UserError(f"--data {root}: no images in {top}, looked for {' '.join(IMG_EXTENSIONS)}")
         names = [os.path.relpath(path, top).split(os.sep)[0] for path in paths]
         if labelled and (strays := set(names) - set(classes)):
             raise UserError(f"--data {root}: {os.path.join(top, min(strays))} belongs to no class folder of {train}")
@@ -311,8 +310,8 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
 def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """Draw boxes (n,4) of top, left, height, width as torchvision's RandomResizedCrop does.
 
-    The area is uniform in `scale`, the logarithm of the ratio in ±log 4/3; of ten tries the first that fits counts, else
-    the centre.
+    The area is uniform in `scale`, the logarithm of the ratio in ±log 4/3; the first of ten tries that fits
+    counts, else the centre.
     """
     u = torch.rand(4, n, 10, generator=generator)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
@@ -617,8 +616,8 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float) -> Tensor:
 class MoCo(nn.Module):
     """Contrast queries with a queue of keys from a momentum encoder, 1911.05722, algorithm 1.
 
-    `encoder` is any module that maps a batch to (N,dim): it becomes `encoder_q`. `encoder_k` starts as an equal copy and
-    never receives gradients. `queue` (dim,K) holds unit columns, `queue_ptr` (1,) int64 the place of the oldest.
+    `encoder` is any module that maps a batch to (N,dim): it becomes `encoder_q`. `encoder_k` starts as an equal copy
+    and never receives gradients. `queue` (dim,K) holds unit columns, `queue_ptr` (1,) int64 the place of the oldest.
     """
 
     def __init__(

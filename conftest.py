@@ -1,0 +1,66 @@
+"""Hypothesis profiles, the devices to test on, and fixtures that several tests share."""
+
+import os
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tvf
+from hypothesis import register_random, settings
+
+import moco
+
+settings.register_profile("dev", deadline=None, max_examples=25)
+settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+class TorchRandom:
+    """Hand torch's RNG to hypothesis, which then seeds it for every example."""
+
+    seed, getstate, setstate = map(staticmethod, (torch.manual_seed, torch.get_rng_state, torch.set_rng_state))
+
+
+torch_random = TorchRandom()  # hypothesis holds it by a weak reference
+register_random(torch_random)
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu", CUDA])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write PNG images of two classes and several sizes into train/ and val/, ten and four a class."""
+    for split, count in (("train", 10), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            place = tmp_path / "images" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(0, 100, (3, 20 + i, 30 - i), dtype=torch.uint8) + 150 * label
+                tvf.to_pil_image(image).save(place / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command line in an empty folder; return its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = 0
+        try:
+            moco.main(list(arguments))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

@@ -1,0 +1,988 @@
+"""The specification of moco.py, section by section: every test's name is the sentence that it proves."""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as tvf
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.datasets.folder import default_loader
+
+import moco
+from moco import (
+    Augment,
+    Config,
+    InMemory,
+    MoCo,
+    ResNetEncoder,
+    SplitBatchNorm,
+    SplitTwoViews,
+    UserError,
+    info_nce,
+    knn_predict,
+    rng,
+)
+
+CPU = torch.device("cpu")
+SEEDS = st.integers(0, 2**31)
+TEMPERATURES = st.floats(0.05, 2)
+
+
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5, check_dtype=False)
+
+
+def unit(n, dim, seed, dtype=torch.float64):
+    return F.normalize(torch.randn(n, dim, generator=rng(seed), dtype=dtype), dim=1)
+
+
+def images_of(n, height=32, width=32, seed=0):
+    return torch.randint(0, 256, (n, 3, height, width), generator=rng(seed), dtype=torch.uint8)
+
+
+def tiny_config(**options):
+    base = dict(data="shapes", width=0.125, bn_splits=2, batch_size=8, moco_k=32, moco_dim=16, epochs=2)
+    return Config.from_preset(**{**base, "device": "cpu", "precision": "fp32", "knn_k": 5, **options})
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        "preset, record",
+        {
+            "cifar10": dict(batch_size=512, lr=0.06, wd=5e-4, moco_k=4096, moco_m=0.99, moco_t=0.1, moco_dim=128,
+                            mlp=True, cos=True, arch="resnet18", stem="cifar", bn_splits=8, aug="cifar", size=32,
+                            epochs=100),
+            "v1": dict(batch_size=256, lr=0.03, wd=1e-4, moco_k=65536, moco_m=0.999, moco_t=0.07, moco_dim=128,
+                       mlp=False, cos=False, schedule=(120, 160), arch="resnet50", stem="imagenet", bn_splits=1,
+                       aug="v1", size=224, epochs=200),
+            "v2": dict(batch_size=256, lr=0.03, wd=1e-4, moco_k=65536, moco_m=0.999, moco_t=0.2, moco_dim=128,
+                       mlp=True, cos=True, arch="resnet50", stem="imagenet", bn_splits=1, aug="v2", size=224,
+                       epochs=200),
+        }.items(),
+    )  # fmt: skip
+    def test_a_preset_holds_the_hyper_parameters_of_record(self, preset, record):
+        options = dataclasses.asdict(Config.from_preset(preset))
+        assert {name: options[name] for name in record} == record
+
+    def test_v2_differs_from_v1_by_head_temperature_views_and_schedule_alone(self):
+        v1, v2 = (dataclasses.asdict(Config.from_preset(name)) for name in ("v1", "v2"))
+        assert {k for k in v1 if v1[k] != v2[k]} == {"preset", "mlp", "moco_t", "aug", "cos"}
+
+    def test_an_explicit_option_wins_over_the_preset(self):
+        config = Config.from_preset("v1", lr=0.5, mlp=True)
+        assert (config.lr, config.mlp, config.moco_k) == (0.5, True, 65536)
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            dict(preset="v3"), dict(arch="vgg"), dict(stem="x"), dict(aug="x"), dict(device="tpu"),
+            dict(precision="fp8"),
+            dict(moco_t=0), dict(moco_t=-1), dict(moco_t=math.nan), dict(moco_m=-0.1), dict(moco_m=1.1), dict(moco_k=0),
+            dict(moco_dim=0), dict(epochs=0), dict(batch_size=0), dict(batch_size=12), dict(batch_size=8), dict(lr=0),
+            dict(lr=math.inf), dict(wd=-1), dict(width=0.1), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
+            dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1),
+        ],
+    )  # fmt: skip
+    def test_an_impossible_value_is_refused_by_the_name_of_its_flag(self, option):
+        (name,) = option
+        with pytest.raises(UserError, match="^" + moco.flag(name)):
+            Config.from_preset(**option)
+
+    @pytest.mark.parametrize("option", [dict(moco_m=0), dict(moco_m=1), dict(wd=0), dict(knn_every=0), dict(moco_k=1)])
+    def test_a_value_on_the_edge_is_accepted(self, option):
+        assert dataclasses.asdict(Config(**option)).items() >= option.items()
+
+    @given(st.integers(0, 10**6), st.integers(0, 10**6))
+    def test_a_generator_is_a_function_of_its_key(self, a, b):
+        draw = partial(torch.rand, 8)
+        assert torch.equal(draw(generator=rng("x", a)), draw(generator=rng("x", a)))
+        assert torch.equal(draw(generator=rng("x", a)), draw(generator=rng("x", b))) == (a == b)
+        assert not torch.equal(draw(generator=rng("x", a)), draw(generator=rng("y", a)))
+
+
+class TestData:
+    def test_shapes_are_ten_balanced_classes_the_same_every_time(self):
+        (images, labels), (again, _), (test, _) = (
+            moco.shapes(50, "train"),
+            moco.shapes(50, "train"),
+            moco.shapes(50, "test"),
+        )
+        assert images.shape == (50, 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.bincount().tolist() == [5] * 10
+        assert torch.equal(images, again) and not torch.equal(images, test)
+
+    @pytest.mark.parametrize("k", [1, 5, 20, 200])
+    def test_shapes_are_hard_for_knn_on_raw_pixels(self, k):
+        data = moco.load_data(tiny_config(), CPU)
+        x, bank = (split.images.flatten(1).float() for split in (data.test, data.train))
+        right = knn_predict(x, bank, data.train.labels, 10, k, 0.1) == data.test.labels
+        assert right.float().mean() < 0.4
+
+    @pytest.mark.parametrize("name, shape", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
+    def test_cifar_comes_from_torchvision_as_channels_first_uint8(self, monkeypatch, name, shape):
+        class Stub:
+            def __init__(self, root, train, download):
+                assert (root, download) == ("data", True)
+                self.data, self.targets = (
+                    images_of(4).permute(0, 2, 3, 1).numpy()[: 4 if train else 2],
+                    [0, 1, 2, 1][: 4 if train else 2],
+                )
+
+        monkeypatch.setattr(torchvision.datasets, shape, Stub)
+        data = moco.load_data(Config(data=name), CPU)
+        assert torch.equal(data.train.images, images_of(4)) and (len(data.test), data.classes) == (2, 3)
+
+    def test_a_failing_download_names_the_other_ways_on(self, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("Error downloading\nmore")
+
+        monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+        with pytest.raises(UserError, match=r"^--data cifar10.*--data shapes.*folder") as error:
+            moco.load_data(Config(), CPU)
+        assert "\n" not in str(error.value)
+
+    def test_a_labelled_folder_gives_every_file_the_number_of_its_class(self, folder):
+        data = moco.load_data(Config(data=str(folder)), CPU)
+        assert (len(data.train), len(data.test), data.classes) == (20, 8, 2)
+        assert all(("light" in path) == bool(label) for path, label in zip(data.train.paths, data.train.labels))
+        assert all("val" in path for path in data.test.paths)
+
+    def test_a_test_folder_serves_where_there_is_no_val(self, folder):
+        (folder / "val").rename(folder / "test")
+        assert len(moco.load_data(Config(data=str(folder)), CPU).test) == 8
+
+    def test_any_other_tree_is_all_its_images_without_labels(self, folder):
+        (folder / "train" / "notes.txt").write_text("no image")
+        data = moco.load_data(Config(data=str(folder / "train")), CPU)
+        assert len(data.train) == 20 and data.train.labels is None and data.test is None
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_streamed_batch_holds_the_two_crops_of_each_image(self, folder, workers):
+        data = moco.load_data(Config(data=str(folder), workers=workers), CPU)
+        views = SplitTwoViews(Augment(size=16), seed=3)
+        keys = [(0, torch.tensor([1, 4])), (5, torch.tensor([4, 0, 2]))]
+        for (epoch, indices), batch in zip(keys, data.train.batches(iter(keys), views.two_crops), strict=True):
+            assert batch.shape == (2, len(indices), 3, 16, 16) and batch.dtype == torch.uint8
+            for j, i in enumerate(indices.tolist()):
+                image = tvf.pil_to_tensor(default_loader(data.train.paths[i]))
+                boxes = moco.crop_boxes(2, *image.shape[1:], (0.08, 1), rng("crop", 3, epoch, i))
+                for v in range(2):
+                    assert torch.equal(
+                        batch[v, j], tvf.resized_crop(image, *boxes[v].tolist(), [16, 16], antialias=True)
+                    )
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_is_no_image_is_named(self, folder, workers):
+        (bad := folder / "train" / "dark" / "0.png").write_text("no image")
+        data = moco.load_data(Config(data=str(folder), workers=workers), CPU)
+        with pytest.raises(UserError) as error:
+            list(data.train.batches([(0, torch.arange(20))], Augment().centre))
+        assert str(error.value).startswith(str(bad)) and "\n" not in str(error.value)
+
+    def test_a_missing_or_empty_folder_or_a_stray_class_is_refused(self, folder, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (folder / "val" / "dark").rename(folder / "val" / "stray")
+        for place, words in (
+            (tmp_path / "none", "no such folder"),
+            (tmp_path / "empty", "no images"),
+            (folder, "stray"),
+        ):
+            with pytest.raises(UserError, match=f"^--data .*{words}"):
+                moco.load_data(Config(data=str(place)), CPU)
+
+    def test_images_in_memory_are_given_whole(self):
+        batches = list(InMemory(images_of(5), torch.zeros(5)).batches([(0, torch.tensor([3, 1]))], None))
+        assert len(batches) == 1 and torch.equal(batches[0], images_of(5)[[3, 1]])
+
+
+class TestViews:
+    @given(SEEDS, st.integers(4, 40), st.integers(4, 40), st.integers(1, 40))
+    def test_a_crop_is_torchvisions_resized_crop(self, seed, height, width, size):
+        x, boxes = torch.rand(3, 3, height, width), moco.crop_boxes(3, height, width, (0.08, 1), rng(seed))
+        for image, box, actual in zip(x, boxes.tolist(), moco.crop(x, boxes, size), strict=True):
+            close(actual, tvf.resized_crop(image, *box, [size, size], antialias=True))
+
+    @given(SEEDS, st.integers(1, 60), st.integers(1, 60))
+    def test_a_crop_box_lies_within_the_image(self, seed, height, width):
+        top, left, h, w = moco.crop_boxes(50, height, width, (0.08, 1), rng(seed)).T
+        assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
+        assert (top + h <= height).all() and (left + w <= width).all()
+
+    @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.08, 1)), (40, 90, (0.2, 1)), (10, 100, (0.5, 1))])
+    def test_crop_boxes_have_torchvisions_distribution(self, height, width, scale):
+        n, image = 4000, torch.empty(3, height, width)
+        ours = moco.crop_boxes(n, height, width, scale, rng(1)).double()
+        params = T.RandomResizedCrop.make_params if hasattr(T.RandomResizedCrop, "make_params") else None
+        transform = T.RandomResizedCrop(8, scale=scale)
+        draw = params or T.RandomResizedCrop._get_params
+        theirs = [draw(transform, [image]) for _ in range(n)]
+        theirs = torch.tensor([[p[k] for k in ("top", "left", "height", "width")] for p in theirs]).double()
+        for a, b in zip(ours.T, theirs.T, strict=True):
+            assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / n)  # false alarm: 1 in 1000 each, seeds are fixed
+
+    @pytest.mark.parametrize("operation, name", list(enumerate(("brightness", "contrast", "saturation"))))
+    @given(seed=SEEDS, factors=st.lists(st.floats(0, 2), min_size=2, max_size=2))
+    def test_a_blend_is_torchvisions_adjustment(self, operation, name, seed, factors):
+        x = torch.rand(2, 3, 7, 5, generator=rng(seed))
+        column = torch.tensor(factors)[:, None, None, None]
+        actual = moco.blend(x, torch.full((2, 1, 1, 1), operation), column)
+        for image, factor, result in zip(x, factors, actual, strict=True):
+            close(result, getattr(tvf, f"adjust_{name}")(image, factor))
+
+    @given(SEEDS, st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3), st.integers(2, 255))
+    def test_a_hue_shift_is_torchvisions_in_turns_of_the_circle(self, seed, turns, levels):
+        x = torch.randint(0, levels, (3, 3, 5, 4), generator=rng(seed)) / (levels - 1)  # few levels: ties and greys
+        for image, turn, actual in zip(
+            x, turns, moco.shift_hue(x, torch.tensor(turns)[:, None, None, None]), strict=True
+        ):
+            close(actual, tvf.adjust_hue(image, turn), atol=2e-5)
+
+    @given(SEEDS)
+    def test_colour_jitter_applies_the_four_operations_in_each_images_order(self, seed):
+        g = rng(seed)
+        x, order = torch.rand(6, 3, 4, 4, generator=g), torch.rand(6, 4, generator=g).argsort(1)
+        factors = torch.cat([0.6 + 0.8 * torch.rand(6, 3, generator=g), torch.rand(6, 1, generator=g) - 0.5], 1)
+        adjust = tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue
+        for i, actual in enumerate(moco.colour_jitter(x, order, factors)):
+            expected = x[i]
+            for operation in order[i].tolist():
+                expected = adjust[operation](expected, factors[i, operation].item())
+            close(actual, expected, atol=1e-4)
+
+    @given(SEEDS, st.lists(st.floats(0.1, 2), min_size=2, max_size=2), st.sampled_from([5, 24, 64, 112]))
+    def test_a_blur_is_torchvisions_with_a_kernel_of_a_tenth_of_the_side(self, seed, sigmas, size):
+        x, kernel = torch.rand(2, 3, size, size, generator=rng(seed)), size // 20 * 2 + 1
+        for image, sigma, actual in zip(x, sigmas, moco.gaussian_blur(x, torch.tensor(sigmas)[:, None]), strict=True):
+            close(actual, tvf.gaussian_blur(image, [kernel, kernel], [sigma, sigma]))
+
+    def test_grey_is_torchvisions_luma_and_flip_its_horizontal_flip(self):
+        x = torch.rand(2, 3, 6, 5)
+        close(moco.STEPS["grey"](x, None).expand_as(x), tvf.rgb_to_grayscale(x, 3))
+        assert torch.equal(moco.STEPS["flip"](x, None), tvf.horizontal_flip(x))
+
+    def test_jitter_draws_uniform_factors_and_every_order(self, monkeypatch):
+        monkeypatch.setattr(moco, "colour_jitter", lambda x, order, factors: (order, factors))
+        order, factors = moco.random_jitter(torch.empty(9600, 0), partial(draws, rng(2)), 0.4, 0.3, 0.2, 0.1)
+        for column, low, high in zip(factors.T, (0.6, 0.7, 0.8, -0.1), (1.4, 1.3, 1.2, 0.1), strict=True):
+            uniform = torch.linspace(low, high, 9600)
+            assert kolmogorov_smirnov(column, uniform) < 1.95 / math.sqrt(9600)  # false alarm: 1 in 1000
+        counts = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
+        assert len(counts) == 24 and ((counts - 400) ** 2 / 400).sum() < 49.7  # chi-squared, 23 degrees: 1 in 1000
+
+    @pytest.mark.parametrize("name, p", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)])
+    def test_a_step_is_taken_with_its_probability_image_by_image(self, monkeypatch, name, p):
+        monkeypatch.setitem(moco.STEPS, name, lambda x, draw, *_: x + 5)
+        for other in set(moco.STEPS) - {name}:
+            monkeypatch.setitem(moco.STEPS, other, lambda x, draw, *_: x)
+        augment = Augment("v2", 1)
+        taken = (
+            augment.finish(torch.zeros(4000, 3, 1, 1), rng(0)).flatten(1)[:, 0]
+            > augment.normalise(torch.ones(1, 3, 1, 1)).max()
+        )
+        assert abs(taken.float().mean() - p) < 3.3 * math.sqrt(p * (1 - p) / 4000)  # false alarm: 1 in 1000
+
+    @pytest.mark.parametrize(
+        "aug, scale, steps",
+        [
+            ("cifar", (0.08, 1), "flip 0.5, jitter 0.8 0.4 0.4 0.4 0.1, grey 0.2"),
+            ("v1", (0.2, 1), "grey 0.2, jitter 1 0.4 0.4 0.4 0.4, flip 0.5"),
+            ("v2", (0.2, 1), "jitter 0.8 0.4 0.4 0.4 0.1, grey 0.2, blur 0.5 0.1 2.0, flip 0.5"),
+        ],
+    )
+    def test_a_recipe_has_the_order_and_strengths_of_record(self, monkeypatch, aug, scale, steps):
+        seen = []
+        for name in moco.STEPS:
+            monkeypatch.setitem(
+                moco.STEPS, name, lambda x, draw, *s, name=name: seen.append(" ".join(map(str, (name, *s)))) or x
+            )
+        Augment(aug, 8)(images_of(2), rng(0))
+        assert seen == [re.sub(r"^(\w+) [\d.]+", r"\1", step) for step in steps.split(", ")]
+        assert moco.RECIPES[aug].scale == scale
+        assert [" ".join(map(str, step)) for step in moco.RECIPES[aug].steps] == steps.split(", ")
+
+    @pytest.mark.parametrize("aug", moco.RECIPES)
+    def test_every_image_and_both_views_get_draws_of_their_own(self, aug, device):
+        one = images_of(1).expand(6, -1, -1, -1).to(device)
+        x_q, x_k = SplitTwoViews(Augment(aug, 24))(one, rng(0))
+        views = torch.cat([x_q, x_k])
+        assert views.shape == (12, 3, 24, 24) and views.dtype == torch.float32 and views.device.type == device
+        assert (torch.cdist(views.flatten(1), views.flatten(1)) + 99 * torch.eye(12, device=device) > 0.1).all()
+
+    @given(SEEDS)
+    def test_views_are_a_function_of_images_and_seed(self, seed):
+        for images in (images_of(3), torch.stack([images_of(3), images_of(3, seed=1)])):
+            pairs = [SplitTwoViews(Augment())(images, rng(seed)) for _ in range(2)]
+            assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+    def test_of_streamed_crops_each_view_finishes_its_own(self):
+        pair = torch.stack([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 255)]).byte()
+        augment = Augment("cifar", 8)
+        augment.finish = lambda x, generator: x
+        x_q, x_k = SplitTwoViews(augment)(pair, rng(0))
+        assert (x_q == 0).all() and (x_k == 1).all()
+
+    def test_views_are_normalised_by_the_recipes_mean_and_deviation(self):
+        x = torch.rand(2, 3, 4, 4)
+        recipe = moco.RECIPES["cifar"]
+        close(Augment("cifar").normalise(x), tvf.normalize(x, list(recipe.mean), list(recipe.std)))
+        assert moco.RECIPES["v1"].mean == moco.RECIPES["v2"].mean == (0.485, 0.456, 0.406)
+
+    def test_evaluation_takes_the_whole_small_image_and_the_centre_of_a_large_one(self):
+        images = images_of(2)
+        assert torch.equal(Augment("cifar", 32).centre(images), images)
+        large = images_of(1, 300, 400)
+        expected = tvf.center_crop(tvf.resize(large, [256], antialias=True), [224, 224])
+        assert torch.equal(Augment("v2", 224).centre(large), expected)
+        close(Augment("v2", 224).plain(large), Augment("v2").normalise(expected / 255))
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+    @pytest.mark.parametrize("aug", moco.RECIPES)
+    def test_views_on_cuda_are_those_on_the_cpu(self, aug):
+        here, there = (SplitTwoViews(Augment(aug, 24))(images_of(8).to(d), rng(0)) for d in ("cpu", "cuda"))
+        for a, b in zip(here, there, strict=True):
+            close(b.cpu(), a, atol=1e-3)
+
+
+def draws(generator, *shape):
+    return torch.rand(shape, generator=generator)
+
+
+def kolmogorov_smirnov(a, b):
+    """Return the largest distance between two samples' distribution functions."""
+    points = torch.cat([a, b]).sort()[0]
+    below = [torch.searchsorted(x.sort()[0].contiguous(), points, right=True) / len(x) for x in (a, b)]
+    return (below[0] - below[1]).abs().max()
+
+
+class TestEncoder:
+    @given(SEEDS, st.integers(1, 4), st.integers(2, 4), st.integers(1, 3), st.booleans())
+    def test_split_batch_norm_is_a_batch_norm_for_each_contiguous_group(self, seed, splits, size, channels, affine):
+        torch.manual_seed(seed)
+        x = torch.randn(splits * size, channels, 2, 3, dtype=torch.float64, requires_grad=True)
+        ours = SplitBatchNorm(channels, splits, affine=affine, momentum=0.3).double()
+        for p in ours.parameters():
+            nn.init.normal_(p)
+        plain = [copy_of(ours) for _ in range(splits)]
+        expected = torch.cat([bn(group) for bn, group in zip(plain, x.split(size), strict=True)])
+        weight = torch.randn_like(expected)
+        gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours(x), expected)]
+        close(ours(x), expected, atol=1e-10)
+        close(*gradients, atol=1e-9)
+
+    @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+    @pytest.mark.parametrize("splits", [1, 2, 5])
+    def test_the_running_statistics_move_once_by_the_mean_of_the_groups(self, splits, momentum):
+        ours, x = (
+            SplitBatchNorm(3, splits, momentum=momentum).double(),
+            torch.randn(3, 10, 3, 2, 2, dtype=torch.float64),
+        )
+        mean, var = torch.zeros(3).double(), torch.ones(3).double()
+        for step, batch in enumerate(x, 1):
+            ours(batch)
+            f = 1 / step if momentum is None else momentum
+            groups = [g.transpose(0, 1).flatten(1) for g in batch.chunk(splits)]
+            mean = (1 - f) * mean + f * torch.stack([g.mean(1) for g in groups]).mean(0)
+            var = (1 - f) * var + f * torch.stack([g.var(1) for g in groups]).mean(0)
+            close(ours.running_mean, mean, atol=1e-12)
+            close(ours.running_var, var, atol=1e-12)
+            assert ours.num_batches_tracked == step
+
+    def test_in_eval_mode_split_batch_norm_is_batch_norm(self):
+        ours, x = SplitBatchNorm(3, 4), torch.randn(8, 3, 2, 2)
+        ours(x)
+        ours.eval()
+        assert torch.equal(ours(x[:3]), copy_of(ours).eval()(x[:3])) and ours.num_batches_tracked == 1
+
+    def test_split_batch_norm_bears_batch_norms_names_and_options(self):
+        assert list(SplitBatchNorm(3).state_dict()) == list(nn.BatchNorm2d(3).state_dict())
+        untracked = SplitBatchNorm(3, 2, track_running_stats=False)
+        close(untracked(x := torch.randn(4, 3, 2, 2)), SplitBatchNorm(3, 2)(x))
+        close(untracked.eval()(x), nn.BatchNorm2d(3)(x))
+
+    def test_a_batch_that_cannot_be_cut_evenly_is_a_value_error(self):
+        with pytest.raises(ValueError, match="batch of 7 .* 2 equal"):
+            SplitBatchNorm(3, 2)(torch.randn(7, 3, 2, 2))
+        assert SplitBatchNorm(3, 2).eval()(torch.randn(7, 3, 2, 2)).shape == (7, 3, 2, 2)
+
+    def test_split_batch_norm_keeps_channels_last(self):
+        x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+        assert SplitBatchNorm(3, 2)(x).is_contiguous(memory_format=torch.channels_last)
+
+    @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+    def test_with_the_imagenet_stem_it_is_torchvisions_resnet(self, arch):
+        theirs = getattr(torchvision.models, arch)(weights=None, num_classes=7).eval()
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean), nn.init.uniform_(module.weight)
+        ours = ResNetEncoder(arch, dim=7, mlp=False, stem="imagenet").eval()
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        x = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "arch, width, millions",
+        [
+            ("resnet18", 1, 11.2),
+            ("resnet101", 1, 42.5),
+            ("resnet50", 1, 23.5),
+            ("resnext50_32x8d", 1, 46),
+            ("resnet50", 2, 94),
+            ("resnet50", 4, 375),
+        ],
+    )
+    def test_a_backbone_has_the_papers_number_of_parameters(self, arch, width, millions):
+        with torch.device("meta"):
+            encoder = ResNetEncoder(arch, width=width, stem="imagenet", bn_splits=1)
+        backbone = sum(p.numel() for name, p in encoder.named_parameters() if not name.startswith("fc."))
+        assert abs(backbone / 1e6 - millions) < 0.6 * max(1, millions / 300)
+
+    @pytest.mark.parametrize(
+        "mlp, names",
+        [(True, ["fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"]), (False, ["fc.weight", "fc.bias"])],
+    )
+    def test_the_head_is_linear_or_of_two_layers_under_the_official_names(self, mlp, names):
+        encoder = ResNetEncoder("resnet18", dim=9, mlp=mlp, width=0.125)
+        assert [name for name in encoder.state_dict() if name.startswith("fc.")] == names
+        assert encoder.state_dict()[names[-2]].shape == (9, encoder.feature_dim)
+
+    @pytest.mark.parametrize("stem, size", [("cifar", 4), ("imagenet", 1)])
+    def test_features_are_pooled_from_a_map_an_eighth_or_a_thirty_second_as_wide(self, stem, size):
+        encoder, maps = ResNetEncoder(width=0.25, stem=stem, bn_splits=2), []
+        encoder.layer4.register_forward_hook(lambda *args: maps.append(args[-1]))
+        features = encoder.features(torch.randn(4, 3, 32, 32))
+        assert maps[0].shape == (4, 128, size, size) and encoder.feature_dim == 128
+        close(features, maps[0].mean((2, 3)))
+        close(encoder(torch.zeros(4, 3, 32, 32)), encoder.fc(encoder.features(torch.zeros(4, 3, 32, 32))))
+
+    def test_every_batch_norm_of_the_encoder_is_split(self):
+        norms = [
+            m for m in ResNetEncoder("resnet50", width=0.125, bn_splits=3).modules() if isinstance(m, nn.BatchNorm2d)
+        ]
+        assert len(norms) == 53 and all(isinstance(m, SplitBatchNorm) and m.num_splits == 3 for m in norms)
+
+
+def copy_of(bn):
+    """Return torch's own BatchNorm2d with the options and the state of ours."""
+    plain = nn.BatchNorm2d(bn.num_features, affine=bn.affine, momentum=bn.momentum).to(bn.running_mean)
+    plain.load_state_dict(bn.state_dict())
+    return plain
+
+
+class TestInfoNCE:
+    @given(SEEDS, st.integers(1, 6), st.integers(1, 8), st.integers(0, 9), TEMPERATURES)
+    def test_the_loss_and_its_gradients_are_cross_entropys_over_k_plus_1_logits(self, seed, n, dim, K, t):
+        q, k, negatives = unit(n, dim, seed), unit(n, dim, seed + 1), unit(K, dim, seed + 2).T
+        inputs = [x.requires_grad_() for x in (q, k, negatives)]
+        rows = [torch.stack([q[i] @ k[i], *(q[i] @ negatives[:, j] for j in range(K))]) / t for i in range(n)]
+        expected = torch.stack([row.exp().sum().log() - row[0] for row in rows]).mean()
+        actual = info_nce(q, k, negatives, t)
+        close(actual, expected, atol=1e-9)
+        gradients = [
+            torch.autograd.grad(x, inputs, materialize_grads=True, allow_unused=True) for x in (actual, expected)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            close(a, b, atol=1e-8)
+
+    def test_without_negatives_the_loss_is_zero(self):
+        assert info_nce(unit(3, 4, 0), unit(3, 4, 1), torch.empty(4, 0).double(), 0.1).abs() < 1e-12
+
+    def test_equal_embeddings_give_the_logarithm_of_k_plus_1(self):
+        x = unit(1, 8, 0).expand(5, 8)
+        close(info_nce(x, x, x[:4].T, 0.07), torch.tensor(math.log(5)))
+
+    @given(SEEDS, TEMPERATURES)
+    def test_the_loss_is_computed_in_float32_under_autocast(self, seed, t):
+        q, k, negatives = unit(4, 16, seed).float(), unit(4, 16, seed + 1).float(), unit(9, 16, seed + 2).float().T
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, low = info_nce(q, k, negatives, t), info_nce(*(x.bfloat16() for x in (q, k, negatives)), t)
+        assert loss.dtype == low.dtype == torch.float32
+        assert torch.equal(loss, info_nce(q, k, negatives, t))
+        close(loss, info_nce(q.double(), k.double(), negatives.double(), t), atol=1e-5)
+
+
+class QueueAgainstDeque(RuleBasedStateMachine):
+    """The queue is a deque of at most K keys, of which `queue_ptr` marks the oldest."""
+
+    @initialize(K=st.integers(1, 9))
+    def start(self, K):
+        self.model = MoCo(nn.Linear(2, 3), dim=3, K=K)
+        self.deque = deque(self.model.queue.T.tolist(), maxlen=K)
+
+    @rule(n=st.integers(0, 20), seed=SEEDS)
+    def enqueue(self, n, seed):
+        keys = unit(n, 3, seed, torch.float32)
+        self.model.dequeue_and_enqueue(keys)
+        self.deque.extend(keys.tolist())
+
+    @invariant()
+    def equal(self):
+        ring, pointer = self.model.queue.T.tolist(), int(self.model.queue_ptr)
+        assert ring[pointer:] + ring[:pointer] == list(self.deque)
+        assert self.model.queue_ptr.shape == (1,) and self.model.queue_ptr.dtype == torch.int64
+
+
+TestQueue = QueueAgainstDeque.TestCase
+
+
+def linear_moco(seed=0, **options):
+    torch.manual_seed(seed)
+    return MoCo(nn.Linear(5, 4), **{"dim": 4, "K": 6, "m": 0.7, "T": 0.2, **options})
+
+
+class TestMoCo:
+    def test_the_queue_starts_as_unit_columns_and_the_key_encoder_as_an_equal_copy(self):
+        model = MoCo(nn.Linear(5, 16), dim=16, K=7)
+        assert model.queue.shape == (16, 7) and model.queue_ptr.tolist() == [0]
+        close(model.queue.norm(dim=0), torch.ones(7))
+        for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+            assert torch.equal(q, k) and q.data_ptr() != k.data_ptr() and q.requires_grad and not k.requires_grad
+
+    @given(SEEDS, st.floats(0, 1))
+    def test_momentum_moves_the_keys_parameters_by_eq_2_in_place(self, seed, m):
+        model = linear_moco(seed, m=m).double()
+        nn.init.normal_(model.encoder_q.weight)
+        before = [(k, k.clone(), q.clone()) for k, q in zip(model.encoder_k.parameters(), model.encoder_q.parameters())]
+        model.momentum_update()
+        for (k, old_k, old_q), now_k, now_q in zip(
+            before, model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True
+        ):
+            assert now_k is k and torch.equal(now_q, old_q)
+            close(now_k, m * old_k + (1 - m) * old_q, atol=1e-12)
+
+    @pytest.mark.parametrize("m, source", [(0.0, "encoder_q"), (1.0, "encoder_k")])
+    def test_with_m_0_the_keys_parameters_are_the_queries_and_with_1_they_stay(self, m, source):
+        model = linear_moco(m=m)
+        nn.init.normal_(model.encoder_q.weight)
+        expected = getattr(model, source).weight.clone()
+        model.momentum_update()
+        assert torch.equal(model.encoder_k.weight, expected)
+
+    def test_momentum_leaves_the_batch_norm_statistics_alone(self):
+        model = MoCo(nn.BatchNorm1d(3), dim=3, K=2, m=0)
+        model.encoder_q(torch.randn(9, 3))
+        model.momentum_update()
+        assert model.encoder_k.running_mean.tolist() == [0, 0, 0] and model.encoder_k.num_batches_tracked == 0
+
+    @given(SEEDS, st.integers(1, 15), st.booleans())
+    def test_a_forward_pass_is_algorithm_1(self, seed, n, symmetric):
+        model = linear_moco(seed, symmetric=symmetric).double()
+        nn.init.normal_(model.encoder_q.weight)
+        im_q, im_k = torch.randn(2, n, 5, dtype=torch.float64)
+        queue, key_weight = model.queue.clone(), 0.7 * model.encoder_k.weight + 0.3 * model.encoder_q.weight
+        f_q = lambda x: F.normalize(F.linear(x, model.encoder_q.weight, model.encoder_q.bias), dim=1)  # noqa: E731
+        f_k = lambda x: F.normalize(F.linear(x, key_weight, model.encoder_q.bias), dim=1).detach()  # noqa: E731
+        pairs = [(im_q, im_k), (im_k, im_q)] if symmetric else [(im_q, im_k)]
+        expected = sum(
+            F.cross_entropy(torch.cat([(f_q(a) * f_k(b)).sum(1, True), f_q(a) @ queue], 1) / 0.2, torch.zeros(n).long())
+            for a, b in pairs
+        )
+        new = torch.cat([f_k(b) for _, b in pairs])
+        loss = model(im_q, im_k)
+        gradients = [torch.autograd.grad(x, model.encoder_q.weight)[0] for x in (loss, expected)]
+        close(loss, expected, atol=1e-6)
+        close(*gradients, atol=1e-5)
+        close(model.queue[:, (torch.arange(len(new)) % 6)[-6:]], new[-6:].T, atol=1e-6)
+        assert int(model.queue_ptr) == len(new) % 6
+
+    def test_gradients_reach_the_query_encoder_alone(self):
+        model = linear_moco()
+        model(torch.randn(3, 5), torch.randn(3, 5)).backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
+        assert all(p.grad is None for p in model.encoder_k.parameters()) and not model.queue.requires_grad
+
+    def test_keys_are_computed_in_a_shuffled_order_and_restored(self):
+        seen = []
+
+        class Spy(nn.Linear):
+            def forward(self, x):
+                seen.append(x)
+                return super().forward(x)
+
+        model, x = MoCo(Spy(5, 4), dim=4, K=8), torch.randn(16, 5)
+        keys = model.shuffled_keys(x, rng(1))
+        order = torch.randperm(16, generator=rng(1))
+        assert torch.equal(seen[0], x[order]) and not torch.equal(order, torch.arange(16))
+        close(keys, F.normalize(model.encoder_k(x), dim=1))
+        assert torch.equal(keys, model.shuffled_keys(x, rng(1)))
+
+    def test_a_query_and_its_key_are_not_normalised_with_the_same_images(self):
+        encoder = nn.Sequential(SplitBatchNorm(2, 4), nn.Flatten())
+        model, x = MoCo(encoder, dim=2, K=8), torch.randn(8, 2, 1, 1)
+        order = torch.randperm(8, generator=rng(5))
+        expected = F.normalize(copy.deepcopy(encoder)(x[order]), dim=1)
+        close(model.shuffled_keys(x, rng(5))[order], expected)
+        assert not torch.allclose(model.shuffled_keys(x, rng(5)), F.normalize(encoder(x), dim=1))
+
+    @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, symmetric):
+        model, augment = moco.build_model(tiny_config(symmetric=symmetric)), Augment()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in (*model.modules(), augment):
+                for store in (module._parameters, module._buffers):
+                    for name, tensor in store.items():
+                        if tensor is not None:
+                            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                            store[name] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+            images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
+            x_q, x_k = SplitTwoViews(augment)(images, torch.Generator())
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(x_q, x_k, torch.Generator())
+            model.eval()
+            features = moco.extract_features(model.encoder_q.features, InMemory(images, None), augment)
+            labels = torch.zeros(8, dtype=torch.long, device="cuda")
+            predictions = knn_predict(features, features, labels, 3, 2, 0.1)
+        assert {x.device.type for x in (x_q, x_k, loss, model.queue, features, predictions)} == {"cuda"}
+        assert loss.dtype == features.dtype == torch.float32
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+    def test_a_training_step_on_cuda_is_the_one_on_the_cpu(self):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        results = []
+        for device in ("cpu", "cuda"):
+            model = moco.build_model(tiny_config()).to(device)
+            x_q, x_k = SplitTwoViews(Augment())(images_of(8).to(device), rng(1))
+            model(x_q, x_k, rng(2)).backward()
+            results.append([model.queue.cpu(), *(p.grad.cpu() for p in model.encoder_q.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
+
+    def test_bf16_and_channels_last_change_the_loss_little(self):
+        x = torch.randn(2, 8, 3, 32, 32)
+        model = moco.build_model(tiny_config())
+        other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = other(*x, rng(0))
+        assert low.dtype == torch.float32 and abs(low - model(*x, rng(0))) < 0.05
+
+
+class TestEvaluation:
+    @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.data(), st.floats(0.01, 1))
+    def test_knn_is_the_vote_of_the_k_nearest_by_cosine_with_exponential_weights(self, seed, n, m, data, t):
+        g = rng(seed)
+        x, bank = (
+            torch.randn(n, 4, generator=g, dtype=torch.float64),
+            torch.randn(m, 4, generator=g, dtype=torch.float64),
+        )
+        labels, k = torch.randint(0, 3, (m,), generator=g), data.draw(st.integers(1, m), label="k")
+        expected = []
+        for row in x:
+            cosine = [(float(row @ b / row.norm() / b.norm()), int(y)) for b, y in zip(bank, labels, strict=True)]
+            votes = [0.0, 0.0, 0.0]
+            for s, y in sorted(cosine, reverse=True)[:k]:
+                votes[y] += math.exp(s / t)
+            expected.append(votes.index(max(votes)))
+        actual = knn_predict(x, bank, labels, 3, k, t)
+        assert actual.dtype == torch.int64 and actual.tolist() == expected
+
+    def test_neighbours_vote_with_the_exponential_of_their_similarity(self):
+        bank, labels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]]), torch.tensor([0, 1, 1])
+        query = torch.tensor([[1.0, 0.0]])
+        assert [knn_predict(query, bank, labels, 2, 3, t).item() for t in (0.1, 0.5, 1.0)] == [0, 0, 1]
+
+    def test_a_query_is_answered_alike_alone_and_among_many(self, monkeypatch):
+        x, bank, labels = torch.randn(300, 8), torch.randn(2**18, 8), torch.randint(0, 5, (2**18,))
+        together = knn_predict(x, bank, labels, 5, 20, 0.1)  # 128 queries a chunk
+        assert torch.equal(
+            together[::60], torch.cat([knn_predict(row[None], bank, labels, 5, 20, 0.1) for row in x[::60]])
+        )
+
+    @pytest.mark.parametrize("k", [0, 4])
+    def test_more_neighbours_than_the_bank_holds_are_a_value_error(self, k):
+        with pytest.raises(ValueError, match="bank of 3"):
+            knn_predict(torch.randn(1, 2), torch.randn(3, 2), torch.zeros(3).long(), 1, k, 0.1)
+
+    def test_features_come_in_order_whatever_the_batch_size(self):
+        source, augment = InMemory(images_of(7), None), Augment()
+        encode = lambda x: x.flatten(1).bfloat16()  # noqa: E731
+        features = moco.extract_features(encode, source, augment, batch_size=3)
+        assert features.dtype == torch.float32
+        assert torch.equal(features, encode(augment.plain(images_of(7))).float())
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_accuracy_is_measured_in_eval_mode_and_the_mode_restored(self, training):
+        encoder = ResNetEncoder(width=0.125, bn_splits=2).train(training)
+        split = InMemory(images_of(10), torch.arange(10) % 3)
+        state = copy.deepcopy(encoder.state_dict())
+        top1 = moco.knn_accuracy(encoder, moco.Data(split, split, 3), tiny_config(knn_k=1), torch.no_grad)
+        assert top1 == 100 and encoder.training == training
+        assert all(torch.equal(a, b) for a, b in zip(state.values(), encoder.state_dict().values(), strict=True))
+
+    def test_the_backbones_features_are_compared_or_the_heads_output(self, monkeypatch):
+        encoder, seen = ResNetEncoder(width=0.125, dim=5), []
+        split = InMemory(images_of(10), torch.zeros(10).long())
+        monkeypatch.setattr(moco, "knn_predict", lambda f, *_: seen.append(f.shape[1]) or torch.zeros(10))
+        for head in (False, True):
+            moco.knn_accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad, head)
+        assert seen == [64, 5]
+
+
+class TestCheckpoints:
+    def saved(self, path, **options):
+        config = tiny_config(**options)
+        model = moco.build_model(config)
+        optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1, momentum=0.9)
+        moco.save_checkpoint(path, config, model, optimizer, 3, 99)
+        return config, model
+
+    def test_a_checkpoint_is_loaded_as_it_was_saved(self, tmp_path):
+        config, model = self.saved(tmp_path / "c.pt")
+        loaded = torch.load(tmp_path / "c.pt", weights_only=True)
+        assert set(loaded) == {"epoch", "step", "arch", "state_dict", "optimizer", "config"}
+        assert (loaded["epoch"], loaded["step"], loaded["arch"]) == (3, 99, "resnet18")
+        assert Config(**loaded["config"]) == config
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded["state_dict"]["module." + name], tensor)
+        assert moco.load_checkpoint(tmp_path / "c.pt")["config"] == loaded["config"]
+
+    def test_the_names_are_the_official_ones(self, tmp_path):
+        self.saved(tmp_path / "c.pt")
+        names = set(moco.load_checkpoint(tmp_path / "c.pt")["state_dict"])
+        resnet = {n for n in torchvision.models.resnet18().state_dict() if not n.startswith("fc.")}
+        prefix = "module.encoder_q."
+        assert {n.removeprefix(prefix) for n in names if n.startswith(prefix) and ".fc." not in n} == resnet
+        assert {"module.queue", "module.queue_ptr", prefix + "fc.0.weight", "module.encoder_k.fc.2.bias"} <= names
+
+    def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(self, tmp_path, monkeypatch):
+        self.saved(tmp_path / "c.pt")
+        before = (tmp_path / "c.pt").read_bytes()
+
+        def half(_, file):
+            file.write(b"half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(OSError):
+            self.saved(tmp_path / "c.pt", seed=1)
+        assert (tmp_path / "c.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04zip", "list", "dict"])
+    def test_a_file_that_is_no_checkpoint_is_refused_by_name(self, tmp_path, content):
+        path = tmp_path / "bad.pt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save([1] if content == "list" else {"epoch": 1}, path)
+        with pytest.raises(UserError, match="bad.pt: no checkpoint"):
+            moco.load_checkpoint(str(path))
+        with pytest.raises(UserError, match="none.pt: No such file"):
+            moco.load_checkpoint(str(tmp_path / "none.pt"))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Shrink the built-in images to 40 to train on and 20 to test on."""
+    small = {n: moco.shapes(n, split) for n, split in ((40, "train"), (20, "test"))}
+    monkeypatch.setattr(moco, "shapes", lambda n, split: small[40 if split == "train" else 20])
+
+
+class TestTraining:
+    def test_the_cosine_falls_from_the_peak_to_zero(self):
+        rate = partial(moco.learning_rate, Config(lr=0.4, epochs=8))
+        close(torch.tensor([rate(e) for e in (0, 2, 4, 8)]), torch.tensor([0.4, 0.2 + 0.1 * math.sqrt(2), 0.2, 0.0]))
+
+    def test_the_steps_fall_tenfold_at_the_epochs_of_the_schedule(self):
+        rate = partial(moco.learning_rate, Config.from_preset("v1", lr=1))
+        close(
+            torch.tensor([rate(e) for e in (0, 119.99, 120, 159.99, 160, 200)]),
+            torch.tensor([1, 1, 0.1, 0.1, 0.01, 0.01]),
+        )
+
+    @given(SEEDS, st.integers(8, 40))
+    def test_an_epoch_shows_every_image_at_most_once_in_an_order_of_its_own(self, seed, n):
+        keys = list(moco.batch_keys(n, tiny_config(seed=seed)))
+        assert [epoch for epoch, _ in keys] == [0] * (n // 8) + [1] * (n // 8)
+        first, second = (torch.cat([i for e, i in keys if e == epoch]) for epoch in (0, 1))
+        assert len(first.unique()) == len(first) == n // 8 * 8 and first.max() < n
+        assert not torch.equal(first, second)
+
+    def test_a_run_is_sgd_on_the_loss_of_two_views(self, few, tmp_path):
+        config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=0.1)
+        steps = list(moco.train(config))
+        model, (images, _) = moco.build_model(config), moco.shapes(40, "train")
+        momentum = [torch.zeros_like(p) for p in model.encoder_q.parameters()]
+        for step, (_, indices) in enumerate(moco.batch_keys(40, config)):
+            generator = rng("step", config.seed, step)
+            augment = Augment("cifar", 32)
+            loss = model(augment(images[indices], generator), augment(images[indices], generator), generator)
+            if step < 5:  # later, float32's rounding has grown
+                close(steps[step].loss, loss.detach(), atol=0.02)
+            gradients = torch.autograd.grad(loss, list(model.encoder_q.parameters()))
+            lr = 0.015 * (1 + math.cos(math.pi * step / 10))
+            for p, g, v in zip(model.encoder_q.parameters(), gradients, momentum, strict=True):
+                v.mul_(0.9).add_(g + 0.1 * p.detach())
+                p.data.sub_(lr * v)
+            assert steps[step].lr == pytest.approx(lr) and (steps[step].step, steps[step].steps) == (step + 1, 10)
+        assert step == 9 == len(steps) - 1
+
+    def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self, few, tmp_path):
+        weights = []
+        for seed in (1, 1, 2):
+            list(moco.train(tiny_config(out=str(tmp_path / "c.pt"), overwrite=True, seed=seed, epochs=1)))
+            weights.append(moco.load_checkpoint(str(tmp_path / "c.pt"))["state_dict"]["module.encoder_q.conv1.weight"])
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+    def test_the_csv_has_a_row_an_epoch_with_knn_when_it_is_due(self, few, tmp_path):
+        rows = [p.row for p in moco.train(tiny_config(out=str(tmp_path / "c.pt"), epochs=5, knn_every=2)) if p.row]
+        with open(tmp_path / "c.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+        assert list(table[0]) == ["epoch", "loss", "lr", "knn", "images_per_s", "seconds"]
+        assert [row["epoch"] for row in table] == list("12345")
+        assert [bool(row["knn"]) for row in table] == [False, True, False, True, True]
+        assert (
+            [float(row["lr"]) for row in table]
+            == [row["lr"] for row in rows]
+            == sorted((r["lr"] for r in rows), reverse=True)
+        )
+        assert float(table[0]["lr"]) == 0.06 and not list(tmp_path.glob("*.tmp"))
+        assert (loaded := moco.load_checkpoint(str(tmp_path / "c.pt")))["epoch"] == 5 and loaded["step"] == 25
+
+    def test_a_rows_loss_is_the_mean_of_its_epoch(self, few, tmp_path):
+        steps = list(moco.train(tiny_config(out=str(tmp_path / "c.pt"))))
+        for first in (0, 5):
+            assert steps[first + 4].row["loss"] == pytest.approx(
+                sum(p.loss.item() for p in steps[first : first + 5]) / 5
+            )
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(symmetric=True),
+            dict(mlp=False, cos=False),
+            dict(precision="bf16"),
+            dict(aug="v2", size=24),
+            dict(stem="imagenet"),
+        ],
+    )
+    def test_every_option_trains(self, few, tmp_path, options):
+        *_, last = moco.train(tiny_config(out=str(tmp_path / "c.pt"), epochs=1, **options))
+        assert math.isfinite(last.row["loss"])
+
+    def test_compile_trains_to_the_same_loss(self, few, tmp_path, monkeypatch):
+        compiled, real = [], torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
+        losses = [
+            [p.loss for p in moco.train(tiny_config(out=str(tmp_path / f"{c}.pt"), epochs=1, compile=c))]
+            for c in (False, True)
+        ]
+        assert len(compiled) == 2
+        close(torch.stack(losses[0]), torch.stack(losses[1]), atol=1e-4)
+
+    def test_a_folder_trains_alike_with_any_number_of_workers(self, folder, tmp_path):
+        losses = []
+        for workers in (0, 2):
+            config = tiny_config(data=str(folder), workers=workers, out=str(tmp_path / f"{workers}.pt"), size=16)
+            losses.append([p.loss for p in moco.train(config)])
+        assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+
+    def test_unlabelled_images_train_without_knn(self, folder, tmp_path):
+        *_, last = moco.train(tiny_config(data=str(folder / "train"), out=str(tmp_path / "c.pt"), size=16))
+        assert last.row["knn"] is None
+
+    def test_the_device_and_its_precision_are_those_asked_for(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert moco.pick_device(Config(device="auto"))[0] == CPU
+        with pytest.raises(UserError, match="^--device cuda"):
+            moco.pick_device(Config(device="cuda"))
+        for hardware in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda hardware=hardware: hardware)
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+            for precision, bf16 in (("auto", hardware), ("bf16", True), ("fp32", False)):
+                with moco.pick_device(Config(precision=precision))[1]():
+                    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+class TestCommandLine:
+    def test_train_writes_a_checkpoint_that_knn_evaluates_to_the_same_accuracy(self, few, run):
+        options = "--preset tiny --width 0.125 --bn-splits 2 --batch-size 8 --epochs 1 --knn-k 5 --device cpu"
+        status, out, _ = run("train", *options.split())
+        assert status == 0 and re.search(r"^epoch 1/1  loss \d", out)
+        status, out, _ = run("knn", "ckpt.pt", "--json")
+        result = json.loads(out.splitlines()[-1])
+        with open("ckpt.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert status == 0 and result["top1"] == pytest.approx(float(row["knn"]))
+        assert (result["k"], result["T"], result["bank"], result["queries"]) == (5, 0.1, 40, 20)
+        assert run("knn", "ckpt.pt", "--head", "--knn-k", "3")[1].startswith("kNN top-1 ")
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            ("--preset v3", "--preset"), ("--arch vgg", "--arch"), ("--data nowhere", "--data nowhere"),
+            ("--data empty", "no images"), ("--data bad", ".png: no image"), ("--batch-size 12", "--bn-splits 8"),
+            ("--batch-size 64 --out c.pt", "--batch-size 64: more than the 40"), ("--moco-t 0", "--moco-t"), ("--moco-m 2", "--moco-m"),
+            ("--batch-size 16", "--out ckpt.pt: exists"), ("--batch-size 16 --out no/c.pt", "--out no/c.pt"),
+            ("--batch-size 16 --out c.pt --knn-k 41", "--knn-k 41"), ("--device cuda", "--device cuda"),
+        ],
+    )  # fmt: skip
+    def test_a_mistake_costs_a_line_on_stderr_and_status_2_and_writes_nothing(
+        self, few, run, monkeypatch, tmp_path, arguments, words
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "bad").mkdir()
+        for i in range(16):
+            (tmp_path / "bad" / f"{i}.png").write_text("no image")
+        (tmp_path / "ckpt.pt").write_text("precious")
+        files = sorted(tmp_path.rglob("*"))
+        extra = ["--batch-size", "16", "--out", "x.pt", "--workers", "0"] if "bad" in arguments else []
+        data = [] if "--data" in arguments else ["--data", "shapes"]
+        status, out, err = run("train", *data, "--width", "0.125", *arguments.split(), *extra)
+        assert status == 2 and out == "" and words in err and "Traceback" not in err
+        assert err.count("\n") == 1 or "─" in err
+        assert sorted(tmp_path.rglob("*")) == files and (tmp_path / "ckpt.pt").read_text() == "precious"
+
+    def test_knn_refuses_unlabelled_images_and_too_large_a_k(self, few, run, folder):
+        run("train", *"--preset tiny --width 0.125 --batch-size 8 --epochs 1 --knn-k 5 --device cpu".split())
+        for arguments, words in (
+            (["--data", str(folder / "train")], "needs labels"),
+            (["--knn-k", "41"], "--knn-k 41"),
+        ):
+            status, out, err = run("knn", "ckpt.pt", *arguments)
+            assert status == 2 and out == "" and words in err and err.count("\n") == 1
+        assert run("knn", "none.pt")[2] == "moco: none.pt: No such file or directory\n"
+
+    def test_an_existing_checkpoint_is_replaced_when_asked(self, few, run):
+        Path("ckpt.pt").write_text("old")
+        status, *_ = run(
+            "train", *"--preset tiny --overwrite --width 0.125 --batch-size 8 --epochs 1 --knn-k 5".split()
+        )
+        assert status == 0 and moco.load_checkpoint("ckpt.pt")["epoch"] == 1
+
+    def test_every_option_of_config_is_a_flag_with_its_help(self, run, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        status, out, _ = run("train", "--help")
+        text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[\d;]*m", "", out)).split())
+        assert status == 0
+        for field in dataclasses.fields(Config):
+            assert moco.flag(field.name) + " " in text and moco.get_args(field.type)[1][:40] in text
+
+    def test_schedule_may_be_given_several_times(self, monkeypatch, run):
+        seen = []
+        monkeypatch.setattr(moco, "train", lambda config: seen.append(config) or [])
+        run("train", "--schedule", "3", "--schedule", "5", "--no-cos")
+        run("train")
+        assert (seen[0].schedule, seen[0].cos) == ((3, 5), False) and seen[1] == Config()
+
+    def test_importing_moco_needs_torch_and_torchvision_alone_and_says_nothing(self):
+        code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import moco"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
