@@ -261,15 +261,15 @@ def scan(config: Config, device: torch.device) -> Data:
 
 
 FORMS: tuple[Callable, ...] = (  # of |u| and |v|, below 0 inside: disk, cross
-    lambda a, b: torch.hypot(a, b) - 1,
-    lambda a, b: torch.minimum(torch.maximum(a - 0.4, b - 1), torch.maximum(b - 0.4, a - 1)),
+    lambda a, b: torch.hypot(a, b) - 0.9,
+    lambda a, b: torch.minimum(torch.maximum(a - 0.35, b - 1), torch.maximum(b - 0.35, a - 1)),
 )
-TEXTURES: tuple[Callable, ...] = (  # of two phases, above 0 inked: plain, stripes, checks, dots, rings
-    lambda u, v: torch.ones_like(u),
-    lambda u, v: u.sin(),
-    lambda u, v: u.sin() * v.sin(),
-    lambda u, v: u.cos() + v.cos() - 0.7,
-    lambda u, v: torch.maximum(u.sin(), v.sin()) - 0.8,
+TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves a unit, and of two phases, above 0 inked
+    (1.0, lambda u, v: torch.ones_like(u)),
+    (1.5, lambda u, v: u.sin()),
+    (2.0, lambda u, v: u.sin() * v.sin()),
+    (1.6, lambda u, v: u.cos() + v.cos() - 0.5),
+    (2.8, lambda u, v: torch.maximum(u.sin(), v.sin()) - 0.8),
 )
 
 
@@ -286,17 +286,18 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
         def uniform(low: float, high: float, *shape: int, count: int = count) -> Tensor:
             return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-        angle, radius, period = uniform(0, 2 * math.pi, 1, 1), uniform(0.6, 0.9, 1, 1), uniform(0.4, 0.5, 1, 1)
-        y, x = axis[:, None] - uniform(-0.3, 0.3, 1, 1), axis - uniform(-0.3, 0.3, 1, 1)
+        angle, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.7, 0.95, 1, 1)
+        y, x = axis[:, None] - uniform(-0.25, 0.25, 1, 1), axis - uniform(-0.25, 0.25, 1, 1)
         u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         inside = (0.5 - 16 * radius * FORMS[label // 5]((u / radius).abs(), (v / radius).abs())).clamp(0, 1)
         phase = uniform(0, 2 * math.pi, 2, 1, 1)
-        wave = 2 * math.pi / period
-        ink = (0.5 + 2 * TEXTURES[label % 5](wave * u + phase[:, 0], wave * v + phase[:, 1])).clamp(0, 1)
+        waves, texture = TEXTURES[label % 5]
+        waves = 2 * math.pi * waves * uniform(0.9, 1.1, 1, 1)
+        ink = (0.5 + 2 * texture(waves * u + phase[:, 0], waves * v + phase[:, 1])).clamp(0, 1)
         light = uniform(0, 1, 1, 1, 1)
-        ground, paper, pen = ((light + i / 3) % 1 + uniform(-0.1, 0.1, 3, 1, 1) for i in range(3))
+        ground, paper, pen = ((light + i / 3) % 1 + uniform(-0.06, 0.06, 3, 1, 1) for i in range(3))
         image = torch.lerp(ground, torch.lerp(paper, pen, ink[:, None]), inside[:, None])
-        image = image + 0.03 * torch.randn(count, 3, 32, 32, generator=generator)
+        image = image + 0.02 * torch.randn(count, 3, 32, 32, generator=generator)
         images[label::10] = (image.clamp(0, 1) * 255).byte()
     return images, torch.arange(n) % 10
 

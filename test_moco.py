@@ -928,7 +928,8 @@ class TestCommandLine:
         [
             ("--preset v3", "--preset"), ("--arch vgg", "--arch"), ("--data nowhere", "--data nowhere"),
             ("--data empty", "no images"), ("--data bad", ".png: no image"), ("--batch-size 12", "--bn-splits 8"),
-            ("--batch-size 64 --out c.pt", "--batch-size 64: more than the 40"), ("--moco-t 0", "--moco-t"), ("--moco-m 2", "--moco-m"),
+            ("--batch-size 64 --out c.pt", "--batch-size 64: more than the 40"), ("--moco-t 0", "--moco-t"),
+            ("--moco-m 2", "--moco-m"),
             ("--batch-size 16", "--out ckpt.pt: exists"), ("--batch-size 16 --out no/c.pt", "--out no/c.pt"),
             ("--batch-size 16 --out c.pt --knn-k 41", "--knn-k 41"), ("--device cuda", "--device cuda"),
         ],
@@ -986,3 +987,24 @@ class TestCommandLine:
         code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import moco"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class TestReadme:
+    text = (Path(__file__).parent / "README.md").read_text()
+
+    def test_its_python_runs_as_printed(self):
+        blocks = re.findall(r"```python\n(.*?)```", self.text, re.S)
+        scope = {}
+        for block in blocks:
+            exec(block, scope)
+        assert blocks and math.isfinite(scope["loss"].item())
+
+    def test_its_flags_exist_and_its_test_command_is_that_of_ci(self):
+        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", self.text)) - {"--resume", "--help"}
+        assert len(flags) > 8 and flags <= {moco.flag(field.name) for field in dataclasses.fields(Config)}
+        ci = (Path(__file__).parent / ".ci" / "run").read_text().splitlines()
+        assert re.search(r"&& (pytest.*?) +#", self.text).group(1) == ci[-1]
+
+    def test_a_run_as_in_the_quick_start_learns(self, tmp_path):
+        *_, last = moco.train(Config.from_preset("tiny", epochs=2, out=str(tmp_path / "c.pt"), device="cpu"))
+        assert last.row["knn"] > 45  # raw pixels: under 40
