@@ -814,7 +814,8 @@ class TestTraining:
         assert not torch.equal(first, second)
 
     def test_a_run_is_sgd_on_the_loss_of_two_views(self, few, tmp_path):
-        config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=0.1)
+        # two steps: over more, float32's rounding grows
+        config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=1.0, batch_size=16, epochs=1)
         steps = list(moco.train(config))
         model, (images, _) = moco.build_model(config), moco.shapes(40, "train")
         momentum = [torch.zeros_like(p) for p in model.encoder_q.parameters()]
@@ -822,15 +823,17 @@ class TestTraining:
             generator = rng("step", config.seed, step)
             augment = Augment("cifar", 32)
             loss = model(augment(images[indices], generator), augment(images[indices], generator), generator)
-            if step < 4:  # later, float32's rounding has grown
-                close(steps[step].loss, loss.detach(), atol=0.02)
+            close(steps[step].loss, loss.detach(), atol=1e-3)
             gradients = torch.autograd.grad(loss, list(model.encoder_q.parameters()))
-            lr = 0.015 * (1 + math.cos(math.pi * step / 10))
+            lr = 0.015 * (1 + math.cos(math.pi * step / 2))
             for p, g, v in zip(model.encoder_q.parameters(), gradients, momentum, strict=True):
-                v.mul_(0.9).add_(g + 0.1 * p.detach())
+                v.mul_(0.9).add_(g + p.detach())
                 p.data.sub_(lr * v)
-            assert steps[step].lr == pytest.approx(lr) and (steps[step].step, steps[step].steps) == (step + 1, 10)
-        assert step == 9 == len(steps) - 1
+            assert steps[step].lr == pytest.approx(lr) and (steps[step].step, steps[step].steps) == (step + 1, 2)
+        assert len(steps) == 2
+        saved = moco.load_checkpoint(str(tmp_path / "c.pt"))["state_dict"]
+        for name, p in model.encoder_q.named_parameters():
+            close(saved["module.encoder_q." + name], p.detach(), atol=1e-3)
 
     def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self, few, tmp_path):
         weights = []
