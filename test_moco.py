@@ -603,7 +603,8 @@ class TestMoCo:
 
     def test_gradients_reach_the_query_encoder_alone(self):
         model = linear_moco()
-        model(torch.randn(3, 5), torch.randn(3, 5)).backward()
+        model(torch.randn(3, 5), im_k := torch.randn(3, 5, requires_grad=True)).backward()
+        assert im_k.grad is None  # the keys are constants
         assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
         assert all(p.grad is None for p in model.encoder_k.parameters()) and not model.queue.requires_grad
 
