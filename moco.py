@@ -803,8 +803,8 @@ def batch_keys(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
 def check_run(config: Config, data: Data) -> None:
     """Raise UserError for what would fail later: a file in the way, too large a batch, impossible kNN."""
     out = Path(config.out)
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: must be a file in a folder that exists")
     if out.exists() and not config.overwrite:
         raise UserError(f"--out {out}: exists already; give --overwrite to replace it, or another --out")
     if config.batch_size > len(data.train):

@@ -936,6 +936,7 @@ class TestCommandLine:
             ("--moco-m 2", "--moco-m"),
             ("--batch-size 16", "--out ckpt.pt: exists"), ("--batch-size 16 --out no/c.pt", "--out no/c.pt"),
             ("--batch-size 16 --out c.pt --knn-k 41", "--knn-k 41"), ("--device cuda", "--device cuda"),
+            ("--batch-size 16 --out empty --overwrite", "--out empty: must be a file"),
         ],
     )  # fmt: skip
     def test_a_mistake_costs_a_line_on_stderr_and_status_2_and_writes_nothing(
