@@ -1,6 +1,7 @@
 """Hypothesis profiles, the devices to test on, and fixtures that several tests share."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,17 +37,27 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_images(place: Path) -> Path:
     """Write PNG images of two classes and several sizes into train/ and val/, ten and four a class."""
     for split, count in (("train", 10), ("val", 4)):
         for label, name in enumerate(("dark", "light")):
-            place = tmp_path / "images" / split / name
-            place.mkdir(parents=True)
+            (place / split / name).mkdir(parents=True)
             for i in range(count):
                 image = torch.randint(0, 100, (3, 20 + i, 30 - i), dtype=torch.uint8) + 150 * label
-                tvf.to_pil_image(image).save(place / f"{i}.png")
-    return tmp_path / "images"
+                tvf.to_pil_image(image).save(place / split / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder of images to change at will."""
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Return a folder of images to leave as it is."""
+    return write_images(tmp_path_factory.mktemp("images") / "images")
 
 
 @pytest.fixture

@@ -29,14 +29,15 @@ import itertools
 import json
 import math
 import os
-import pickle
+import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
 class UserError(ValueError):
-    """Say a user's mistake in one line that names the flag or the file and the way out."""
+    """Say in one line what a user can mend, and how: it names the flag or the file."""
 
 
 # ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
@@ -99,6 +100,8 @@ class Config:
     knn_t: Annotated[float, "temperature of their votes", POSITIVE] = 0.1
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     overwrite: Annotated[bool, "replace --out if it exists"] = False
+    resume: Annotated[bool, "go on from where --out stopped, with its options"] = False
+    save_every_steps: Annotated[int, "steps between saves; 0: five minutes, and an epoch's end", NATURAL] = 0
 
     @classmethod
     def from_preset(cls, preset: str = "cifar10", **explicit: Any) -> "Config":
@@ -131,6 +134,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         data="shapes", width=0.25, bn_splits=2, moco_k=256, aug="v1", epochs=10, batch_size=64, knn_every=5, knn_k=20
     ),
 }
+
+
+SAVE_SECONDS = 300.0
 
 
 def flag(name: str) -> str:
@@ -181,11 +187,20 @@ class Folder(Dataset):
         Raises UserError for a file that is no image.
         """
         pinned = self.device.type == "cuda"
-        loader = DataLoader(Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, pin_memory=pinned)
+        loader = DataLoader(
+            Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, pin_memory=pinned,
+            worker_init_fn=leave_signals,
+        )  # fmt: skip
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch.to(self.device, non_blocking=True)
+
+
+def leave_signals(_: int) -> None:
+    """Have a worker leave Ctrl-C and SIGTERM, which reach the whole group of processes, to the process it serves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -719,32 +734,75 @@ def knn_accuracy(encoder: nn.Module, data: Data, config: Config, autocast: Calla
 # ────────────────────────────────────────────── Checkpoints ───────────────────────────────────────────────
 
 
-def save_checkpoint(path: str, config: Config, model: nn.Module, optimizer: Any, epoch: int, step: int) -> None:
-    """Write a checkpoint atomically, in the official layout: the names in `state_dict` begin with "module."."""
-    checkpoint = {
-        "epoch": epoch,
-        "step": step,
-        "arch": config.arch,
-        "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "config": dataclasses.asdict(config),
-    }
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint so that `path` holds, at any moment, the earlier one or this one, whole.
+
+    Raises UserError, and keeps the earlier one, where the disk does not take it.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise UserError(
+            f"--out {path}: not written ({str(error).splitlines()[0]}); what it held before is whole"
+        ) from error
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, executing nothing of it. Raises UserError if the file is none."""
+    """Read a checkpoint, ours or an official one, onto the CPU, executing nothing of it.
+
+    Raises UserError if the file is none, is damaged, or holds numbers that are not finite.
+    """
+    why = "the file is no archive of torch.save, or is cut short"
     try:
+        if not os.path.getsize(path):
+            why = "the file is empty"
+        elif zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
+            why = f"the file is damaged at {part}"
+            raise EOFError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("epoch", "step", "arch", "state_dict", "optimizer", "config")}
+        why = "it lacks one of epoch, arch and state_dict"
+        _, _, weights = int(checkpoint.get("epoch")), str(checkpoint["arch"]), checkpoint["state_dict"].items()
+        for name, x in weights:
+            why = f"{name} is no tensor of finite numbers"
+            if not x.isfinite().all():
+                raise ValueError
+        why = "its config is not one of this version"
+        Config(**checkpoint.get("config", {}))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: no checkpoint of moco.py") from error
+    except Exception as error:  # of damaged bytes anything can come
+        if "GLOBAL" in str(error):
+            why = "it asks for more than tensors and plain values; nothing of it was run"
+        raise UserError(f"{path}: no checkpoint: {why}") from error
+    return checkpoint
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Copy weights into a module, strictly. Raises UserError, naming one, if any is missing, strange or misshapen."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[1].strip()}") from error
+
+
+def load_encoder(checkpoint: dict[str, Any], path: str) -> ResNetEncoder:
+    """Rebuild the query encoder to evaluate it; its stem, width and head are read off the weights. Raises UserError."""
+    prefix = "module.encoder_q."
+    weights = {k.removeprefix(prefix): x for k, x in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    try:
+        channels, _, kernel, _ = weights["conv1.weight"].shape
+        head = [weights[name] for name in ("fc.weight", "fc.0.weight", "fc.2.weight") if name in weights]
+        mlp, stem, width = len(head) > 1, "cifar" if kernel == 3 else "imagenet", channels / 64
+        encoder = ResNetEncoder(checkpoint["arch"], len(head[-1]), mlp, bn_splits=1, stem=stem, width=width)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: {prefix}* is no encoder among {', '.join(ARCHS)}") from error
+    load_weights(encoder, weights, path)
+    return encoder.eval()
 
 
 # ──────────────────────────────────────────────── Training ────────────────────────────────────────────────
@@ -772,16 +830,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def build_encoder(config: Config) -> ResNetEncoder:
-    """Make the encoder that a configuration describes."""
-    return ResNetEncoder(config.arch, config.moco_dim, config.mlp, config.bn_splits, config.stem, config.width)
-
-
 def build_model(config: Config) -> MoCo:
     """Make the model that a configuration describes, always the same for a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(config)
+        encoder = ResNetEncoder(config.arch, config.moco_dim, config.mlp, config.bn_splits, config.stem, config.width)
         return MoCo(encoder, config.moco_dim, config.moco_k, config.moco_m, config.moco_t, config.symmetric)
 
 
@@ -805,12 +858,68 @@ def check_run(config: Config, data: Data) -> None:
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists")
-    if out.exists() and not config.overwrite:
-        raise UserError(f"--out {out}: exists already; give --overwrite to replace it, or another --out")
+    if out.exists() and not (config.overwrite or config.resume):
+        raise UserError(f"--out {out}: exists already; give --resume to go on, --overwrite, or another --out")
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
     if data.test is not None:
         check_knn(config, data)
+
+
+RESUMABLE = (  # what --resume may change; epochs only upward
+    "data", "root", "workers", "epochs", "lr", "wd", "cos", "schedule", "device", "precision", "compile", "knn_every",
+    "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps",
+)  # fmt: skip
+
+
+def load_run(path: str) -> dict[str, Any]:
+    """Read a checkpoint that --resume can go on from. Raises UserError."""
+    checkpoint = load_checkpoint(path)
+    if not checkpoint.keys() >= {"step", "optimizer", "config", "images", "losses", "rows", "seconds"}:
+        raise UserError(f"--resume: {path} was not written by moco.py train")
+    return checkpoint
+
+
+def check_resume(config: Config, checkpoint: dict[str, Any], images: int) -> None:
+    """Raise UserError if a run cannot go on from a checkpoint under these options and with so many images."""
+    for name, value in dataclasses.asdict(config).items():
+        old = checkpoint["config"].get(name)
+        if value != old and name not in RESUMABLE or name == "epochs" and value < old:
+            raise UserError(f"{flag(name)} {value}: --resume goes on with the {old} of {config.out}")
+    if images != checkpoint["images"]:
+        raise UserError(f"--data {config.data}: {images} images; {config.out} was trained on {checkpoint['images']}")
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[TextIO]:
+    """Open a file while no other process has it open so; remove it if it is empty in the end. Raises UserError."""
+    try:
+        file = open(path, "a+", newline="")
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written to ({error.strerror})") from error
+    with file:
+        if os.name == "posix":  # a lock that ends with the process, however that ends; Windows has none
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"--out: another run writes to {path}; let it end, or give another --out") from error
+        try:
+            yield file
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+
+
+def write_rows(file: TextIO, rows: list[dict[str, Any]]) -> None:
+    """Replace what a .csv file holds by rows, under a line of their names if there are any."""
+    file.truncate(0)
+    writer = csv.DictWriter(file, rows[0] if rows else ())
+    if rows:
+        writer.writeheader()
+    writer.writerows(rows)
+    file.flush()
 
 
 @dataclass
@@ -824,60 +933,117 @@ class Progress:
     row: dict[str, Any] | None = None
 
 
-def train(config: Config) -> Iterator[Progress]:
-    """Train MoCo with SGD, yielding after every step; after every epoch write the checkpoint and the .csv.
+class Run:
+    """Train MoCo with SGD as a configuration says, from the start or, with `resume`, from where `out` stopped.
 
-    Raises UserError, before anything is written, for what options, data and device cannot do together.
+    All that a run accumulates is in its checkpoint: model, optimizer, step, this epoch's losses (steps an epoch,) and
+    seconds, and the past epochs' rows. The rest is a function of the configuration and the step. Raises UserError for
+    what options, data, device and checkpoint cannot do together, before anything is written.
     """
-    device, autocast = pick_device(config)
-    data = load_data(config, device)
-    check_run(config, data)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model = build_model(config).to(device, memory_format=torch.channels_last)
-    if config.compile:
-        model.encoder_q.compile()
-        model.encoder_k.compile()
-    parameters = model.encoder_q.parameters()
-    optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
-    split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
-    batches = data.train.batches(batch_keys(len(data.train), config), split_two_views.two_crops)
-    split_two_views.augment.to(device)
-    per_epoch, rows = len(data.train) // config.batch_size, []
-    for epoch in range(config.epochs):
-        started, total = time.perf_counter(), torch.zeros((), device=device)
-        for step, images in enumerate(itertools.islice(batches, per_epoch), epoch * per_epoch):
-            generator = rng("step", config.seed, step)
-            x_q, x_k = split_two_views(images, generator)
-            with autocast():
-                loss = model(x_q, x_k, generator)
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step / per_epoch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            progress = Progress(step + 1, config.epochs * per_epoch, loss.detach(), lr)
-            if step + 1 < (epoch + 1) * per_epoch:
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device, self.autocast = pick_device(config)
+        self.data = load_data(config, self.device)
+        check_run(config, self.data)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model = build_model(config).to(self.device, memory_format=torch.channels_last)
+        if config.compile:
+            self.model.encoder_q.compile()
+            self.model.encoder_k.compile()
+        parameters = self.model.encoder_q.parameters()
+        self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
+        self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
+        self.per_epoch = len(self.data.train) // config.batch_size
+        self.losses = torch.zeros(self.per_epoch, device=self.device)
+        self.step, self.seconds, self.rows = 0, 0.0, []
+        if config.resume:
+            self.restore(load_run(config.out))
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go back to where a checkpoint was saved."""
+        check_resume(self.config, checkpoint, len(self.data.train))
+        weights = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
+        load_weights(self.model, weights, self.config.out)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.param_groups[0]["weight_decay"] = self.config.wd
+            self.losses.copy_(checkpoint["losses"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"--resume: {self.config.out}: its optimizer is of another model") from error
+        self.step, self.seconds, self.rows = (checkpoint[name] for name in ("step", "seconds", "rows"))
+
+    def save(self, log: TextIO) -> None:
+        """Write checkpoint and .csv. Raises UserError, and keeps those of before, once a number is not finite."""
+        weights = self.model.state_dict()
+        bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
+        if bad or not all(x.isfinite().all() for x in weights.values()):
+            step = (self.step - 1) // self.per_epoch * self.per_epoch + bad[0] + 1 if bad else self.step
+            rate = learning_rate(self.config, (step - 1) / self.per_epoch)
+            raise UserError(
+                f"step {step}: loss or weights are not finite, at learning rate {rate:.3g}; use a lower --lr or "
+                f"--precision fp32, from the start or with --resume from the last good {self.config.out}"
+            )
+        checkpoint = {
+            "epoch": self.step // self.per_epoch, "step": self.step, "arch": self.config.arch,
+            "state_dict": {f"module.{name}": x for name, x in weights.items()},
+            "optimizer": self.optimizer.state_dict(), "config": dataclasses.asdict(self.config),
+            "images": len(self.data.train), "losses": self.losses, "rows": self.rows,
+            "seconds": time.perf_counter() - self.began,
+        }  # fmt: skip
+        save_checkpoint(self.config.out, checkpoint)
+        write_rows(log, self.rows)
+
+    def train(self, stop: Callable[[], Any] = lambda: False) -> Iterator[Progress]:
+        """Yield after every step; save after every epoch, now and then in between, and at the end or once `stop()`.
+
+        Raises UserError for a file that is no image, a number that is not finite, a disk that takes no checkpoint.
+        """
+        config, saved = self.config, time.monotonic()
+        with exclusive(Path(config.out).with_suffix(".csv")) as log:
+            Path(f"{config.out}.tmp").unlink(missing_ok=True)
+            write_rows(log, self.rows)
+            self.began = time.perf_counter() - self.seconds
+            keys = itertools.islice(batch_keys(len(self.data.train), config), self.step, None)
+            for images in self.data.train.batches(keys, self.split_two_views.two_crops):
+                progress = self.take_step(images)
+                if self.step % self.per_epoch == 0:
+                    progress.row = self.end_epoch()
+                due = config.save_every_steps and self.step % config.save_every_steps == 0
+                if due or progress.row or stop() or time.monotonic() - saved > SAVE_SECONDS:
+                    self.save(log)
+                    saved = time.monotonic()
                 yield progress
-        row = {"epoch": epoch + 1, "loss": total.item() / per_epoch, "lr": learning_rate(config, epoch), "knn": None}
-        row["images_per_s"] = per_epoch * config.batch_size / (time.perf_counter() - started)
-        due = epoch + 1 == config.epochs or (config.knn_every and (epoch + 1) % config.knn_every == 0)
-        if due and data.test is not None:
-            row["knn"] = knn_accuracy(model.encoder_q, data, config, autocast)
-        row["seconds"] = time.perf_counter() - started
-        rows.append(row)
-        save_checkpoint(config.out, config, model, optimizer, epoch + 1, step + 1)
-        write_csv(Path(config.out).with_suffix(".csv"), rows)
-        progress.row = row
-        yield progress
+                if stop():
+                    return
 
+    def take_step(self, images: Tensor) -> Progress:
+        """Train on a batch. Nothing in here waits for the device."""
+        generator = rng("step", self.config.seed, self.step)
+        x_q, x_k = self.split_two_views(images, generator)
+        with self.autocast():
+            loss = self.model(x_q, x_k, generator)
+        lr = self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.per_epoch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses[self.step % self.per_epoch] = loss.detach()
+        self.step += 1
+        return Progress(self.step, self.config.epochs * self.per_epoch, loss.detach(), lr)
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows under a line of their names."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    def end_epoch(self) -> dict[str, Any]:
+        """Measure kNN if it is due, and return the epoch's row, which is added to `rows`."""
+        config, epoch = self.config, self.step // self.per_epoch
+        row = {"epoch": epoch, "loss": self.losses.mean().item(), "lr": learning_rate(config, epoch - 1), "knn": None}
+        row["images_per_s"] = self.per_epoch * config.batch_size / (time.perf_counter() - self.began)
+        due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
+        if due and self.data.test is not None:
+            row["knn"] = knn_accuracy(self.model.encoder_q, self.data, config, self.autocast)
+        row["seconds"] = time.perf_counter() - self.began
+        self.began = time.perf_counter()
+        self.rows.append(row)
+        return row
 
 
 # ────────────────────────────────────────────── Command line ──────────────────────────────────────────────
@@ -935,6 +1101,26 @@ def show(run: Iterable[Progress], config: Config) -> None:
                 bar.console.print(describe(progress.row, config), highlight=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def held_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM, so that a run can end in order; the second one acts at once."""
+    received: list[int] = []
+
+    def hold(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    handlers = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
+
+
 def command_line() -> Any:
     """Make the Typer application."""
     import typer
@@ -945,27 +1131,38 @@ def command_line() -> Any:
     @options_from_config(*(field.name for field in dataclasses.fields(Config)))
     def train_command(**options: Any) -> None:
         """Train an encoder without labels."""
-        config = Config.from_preset(**given(options))
-        show(train(config), config)
+        explicit = given(options)
+        if explicit.get("resume"):
+            out = explicit.get("out", Config.out)
+            saved = load_run(out)["config"]
+            config = Config(**saved | {"overwrite": False, "out": out} | explicit)
+        else:
+            config = Config.from_preset(**explicit)
+        run = Run(config)
+        with held_signals() as received:
+            show(run.train(lambda: received), config)
+        if run.step < config.epochs * run.per_epoch:
+            print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
+            raise typer.Exit(128 + received[0])
         print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
 
     @app.command("knn")
-    @options_from_config("data", "root", "workers", "device", "precision", "knn_k", "knn_t")
+    @options_from_config("data", "root", "size", "workers", "aug", "device", "precision", "knn_k", "knn_t")
     def knn_command(
-        checkpoint: Annotated[str, typer.Argument(help="file that train wrote")],
+        checkpoint: Annotated[str, typer.Argument(help="file that train wrote, or an official one")],
         head: Annotated[bool, typer.Option("--head", help="compare the head's output, not pooled features")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
         **options: Any,
     ) -> None:
         """Classify the test images by their nearest training images in a checkpoint's features."""
         loaded = load_checkpoint(checkpoint)
-        config = Config(**loaded["config"] | given(options))
+        encoder = load_encoder(loaded, checkpoint)
+        preset = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
+        config = Config(**loaded.get("config", preset) | given(options))
         device, autocast = pick_device(config)
         data = load_data(config, device)
         check_knn(config, data)
-        model = build_model(config)
-        model.load_state_dict({name.removeprefix("module."): x for name, x in loaded["state_dict"].items()})
-        encoder = model.encoder_q.to(device, memory_format=torch.channels_last)
+        encoder = encoder.to(device, memory_format=torch.channels_last)
         top1 = knn_accuracy(encoder, data, config, autocast, head)
         result = {"top1": top1, "features": "head" if head else "backbone", "k": config.knn_k, "T": config.knn_t}
         result |= {"data": config.data, "bank": len(data.train), "queries": len(data.test)}

@@ -5,9 +5,15 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import pickle
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -18,7 +24,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tvf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
@@ -60,6 +66,10 @@ def images_of(n, height=32, width=32, seed=0):
 def tiny_config(**options):
     base = dict(data="shapes", width=0.125, bn_splits=2, batch_size=8, moco_k=32, moco_dim=16, epochs=2)
     return Config.from_preset(**{**base, "device": "cpu", "precision": "fp32", "knn_k": 5, **options})
+
+
+def training(folder, stop=lambda: False, **options):
+    return moco.Run(tiny_config(out=str(folder / "c.pt"), **options)).train(stop)
 
 
 class TestConfig:
@@ -735,63 +745,203 @@ class TestEvaluation:
         assert seen == [64, 5]
 
 
-class TestCheckpoints:
-    def saved(self, path, **options):
-        config = tiny_config(**options)
-        model = moco.build_model(config)
-        optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1, momentum=0.9)
-        moco.save_checkpoint(path, config, model, optimizer, 3, 99)
-        return config, model
-
-    def test_a_checkpoint_is_loaded_as_it_was_saved(self, tmp_path):
-        config, model = self.saved(tmp_path / "c.pt")
-        loaded = torch.load(tmp_path / "c.pt", weights_only=True)
-        assert set(loaded) == {"epoch", "step", "arch", "state_dict", "optimizer", "config"}
-        assert (loaded["epoch"], loaded["step"], loaded["arch"]) == (3, 99, "resnet18")
-        assert Config(**loaded["config"]) == config
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(loaded["state_dict"]["module." + name], tensor)
-        assert moco.load_checkpoint(tmp_path / "c.pt")["config"] == loaded["config"]
-
-    def test_the_names_are_the_official_ones(self, tmp_path):
-        self.saved(tmp_path / "c.pt")
-        names = set(moco.load_checkpoint(tmp_path / "c.pt")["state_dict"])
-        resnet = {n for n in torchvision.models.resnet18().state_dict() if not n.startswith("fc.")}
-        prefix = "module.encoder_q."
-        assert {n.removeprefix(prefix) for n in names if n.startswith(prefix) and ".fc." not in n} == resnet
-        assert {"module.queue", "module.queue_ptr", prefix + "fc.0.weight", "module.encoder_k.fc.2.bias"} <= names
-
-    def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(self, tmp_path, monkeypatch):
-        self.saved(tmp_path / "c.pt")
-        before = (tmp_path / "c.pt").read_bytes()
-
-        def half(_, file):
-            file.write(b"half")
-            raise OSError("disk full")
-
-        monkeypatch.setattr(torch, "save", half)
-        with pytest.raises(OSError):
-            self.saved(tmp_path / "c.pt", seed=1)
-        assert (tmp_path / "c.pt").read_bytes() == before
-
-    @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04zip", "list", "dict"])
-    def test_a_file_that_is_no_checkpoint_is_refused_by_name(self, tmp_path, content):
-        path = tmp_path / "bad.pt"
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save([1] if content == "list" else {"epoch": 1}, path)
-        with pytest.raises(UserError, match="bad.pt: no checkpoint"):
-            moco.load_checkpoint(str(path))
-        with pytest.raises(UserError, match="none.pt: No such file"):
-            moco.load_checkpoint(str(tmp_path / "none.pt"))
+@pytest.fixture(scope="module")
+def small_sets():
+    return {n: moco.shapes(n, split) for n, split in ((40, "train"), (20, "test"))}
 
 
 @pytest.fixture
-def few(monkeypatch):
+def few(small_sets, monkeypatch):
     """Shrink the built-in images to 40 to train on and 20 to test on."""
-    small = {n: moco.shapes(n, split) for n, split in ((40, "train"), (20, "test"))}
-    monkeypatch.setattr(moco, "shapes", lambda n, split: small[40 if split == "train" else 20])
+    monkeypatch.setattr(moco, "shapes", lambda n, split: small_sets[40 if split == "train" else 20])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, small_sets):
+    """Train for two epochs of five steps; return what was saved."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moco, "shapes", lambda n, split: small_sets[40 if split == "train" else 20])
+        list(training(folder))
+    return moco.load_checkpoint(str(folder / "c.pt"))
+
+
+def same(a, b):
+    """Compare trees of dicts, lists and tensors bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def lasting(checkpoint):
+    """Leave out of a checkpoint what no two runs share: seconds, and options that may change."""
+    rows = [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in checkpoint["rows"]]
+    config = {k: v for k, v in checkpoint["config"].items() if k not in moco.RESUMABLE}
+    return {**checkpoint, "rows": rows, "config": config, "seconds": None}
+
+
+class Code:
+    """Run a command when unpickled by anything less careful than we are."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def edited(**changes):
+    return lambda checkpoint, path: torch.save({**checkpoint, **changes}, path)
+
+
+def reweighted(name, change):
+    return lambda c, path: torch.save({**c, "state_dict": {**c["state_dict"], name: change(c["state_dict"])}}, path)
+
+
+def without(key):
+    return lambda c, path: torch.save({k: v for k, v in c.items() if k != key}, path)
+
+
+def cut_to(share, legacy=False):
+    def write(checkpoint, path):
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=not legacy)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return write
+
+
+def flipped(checkpoint, path):
+    torch.save(checkpoint, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+CONV = "module.encoder_q.layer1.0.conv1.weight"
+BROKEN = {
+    "empty": (lambda c, path: path.write_bytes(b""), "empty"),
+    "text": (lambda c, path: path.write_text("text"), "no archive of torch.save"),
+    "picture": (lambda c, path: tvf.to_pil_image(images_of(1)[0]).save(path, "PNG"), "no archive of torch.save"),
+    "zip": (lambda c, path: zipfile.ZipFile(path, "w").writestr("a", "b"), "no archive of torch.save"),
+    "half": (cut_to(0.5), "cut short"),
+    "almost": (cut_to(0.999), "cut short"),
+    "old half": (cut_to(0.5, legacy=True), "cut short"),
+    "flip": (flipped, "damaged at"),
+    "pickle": (lambda c, path: path.write_bytes(pickle.dumps(Code(), 2)), "nothing of it was run"),
+    "new pickle": (lambda c, path: path.write_bytes(pickle.dumps(Code(), 5)), "no archive of torch.save"),
+    "code": (edited(optimizer=Code()), "nothing of it was run"),
+    "old code": (lambda c, path: torch.save(Code(), path, _use_new_zipfile_serialization=False), "nothing of it"),
+    "module": (lambda c, path: torch.save(nn.Linear(2, 2), path), "nothing of it was run"),
+    "tensor": (lambda c, path: torch.save(torch.ones(3), path), "lacks one of epoch"),
+    "list": (lambda c, path: torch.save([1], path), "lacks one of epoch"),
+    "no epoch": (without("epoch"), "lacks one of epoch"),
+    "no weights": (without("state_dict"), "lacks one of epoch"),
+    "weights listed": (edited(state_dict=[1]), "lacks one of epoch"),
+    "config": (edited(config={"depth": 3}), "config is not one of this version"),
+    "options": (edited(config={"moco_t": -1}), "config is not one of this version"),
+    "strange value": (reweighted(CONV, lambda s: "x"), CONV),
+    "nan": (reweighted(CONV, lambda s: s[CONV] * math.nan), CONV),
+    "infinite": (reweighted("module.queue", lambda s: s["module.queue"] / 0), "module.queue"),
+    "shape": (reweighted(CONV, lambda s: s[CONV][:2]), "size mismatch for layer1.0.conv1.weight"),
+    "strange weight": (reweighted("module.encoder_q.x", lambda s: torch.ones(1)), "Unexpected key(s)"),
+    "no encoder": (edited(state_dict={"module.queue": torch.ones(1)}), "is no encoder among"),
+    "arch": (edited(arch="vgg"), "is no encoder among"),
+    "stem": (reweighted("module.encoder_q.conv1.weight", lambda s: torch.ones(3)), "is no encoder among"),
+}
+
+
+class TestCheckpoints:
+    def test_a_checkpoint_is_plain_values_and_tensors_under_the_official_names(self, checkpoint):
+        assert checkpoint.keys() > {"epoch", "step", "arch", "state_dict", "optimizer", "config"}
+        assert (checkpoint["epoch"], checkpoint["step"], checkpoint["arch"]) == (2, 10, "resnet18")
+        names, prefix = set(checkpoint["state_dict"]), "module.encoder_q."
+        resnet = {n for n in torchvision.models.resnet18().state_dict() if not n.startswith("fc.")}
+        assert {n.removeprefix(prefix) for n in names if n.startswith(prefix) and ".fc." not in n} == resnet
+        assert {"module.queue", "module.queue_ptr", prefix + "fc.0.weight", "module.encoder_k.fc.2.bias"} <= names
+
+    def test_what_is_saved_is_loaded(self, checkpoint, tmp_path):
+        moco.save_checkpoint(str(tmp_path / "c.pt"), checkpoint)
+        assert same(moco.load_checkpoint(str(tmp_path / "c.pt")), checkpoint)
+        assert list(tmp_path.iterdir()) == [tmp_path / "c.pt"]
+
+    @pytest.mark.parametrize("write, words", BROKEN.values(), ids=BROKEN)
+    def test_a_broken_or_hostile_file_is_refused_in_a_line_and_not_executed(self, checkpoint, run, write, words):
+        write(checkpoint, Path("bad.pt"))
+        status, out, err = run("knn", "bad.pt", "--data", "shapes")
+        assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("moco: bad.pt: ") and words in err
+        assert not Path("executed").exists()
+
+    def test_a_missing_weight_a_missing_file_and_a_folder_are_named(self, checkpoint, run):
+        edited(state_dict={k: v for k, v in checkpoint["state_dict"].items() if k != CONV})(checkpoint, Path("bad.pt"))
+        assert 'Missing key(s) in state_dict: "layer1.0.conv1.weight"' in run("knn", "bad.pt")[2]
+        assert run("knn", "none.pt")[2] == "moco: none.pt: No such file or directory\n"
+        assert run("knn", ".")[2] == "moco: .: Is a directory\n"
+
+    @given(st.data())
+    def test_a_file_with_changed_or_missing_bytes_loads_to_equal_tensors_or_is_refused(self, checkpoint, data):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "c.pt"
+            torch.save(
+                kept := {k: checkpoint[k] for k in ("epoch", "arch", "config")}
+                | {"state_dict": {k: v for k, v in checkpoint["state_dict"].items() if v.numel() < 999}},
+                path,
+            )
+            content = bytearray(path.read_bytes())
+            place = data.draw(st.integers(-len(content), len(content) - 1), label="place, from either end")
+            if data.draw(st.booleans(), label="cut"):
+                del content[place:]
+            else:
+                content[place] ^= data.draw(st.integers(1, 255), label="bits")
+            path.write_bytes(content)
+            try:
+                assert same(moco.load_checkpoint(str(path)), kept)
+            except UserError as error:
+                assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+    @pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
+    def test_a_save_that_fails_is_a_line_and_leaves_the_earlier_checkpoint_whole(self, tmp_path, monkeypatch, moment):
+        path = str(tmp_path / "c.pt")
+        moco.save_checkpoint(path, {"step": 1})
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch if moment == "save" else moco.os, moment, fail)
+        with pytest.raises(UserError, match=r"--out .*c.pt: not written .*No space left on device.* whole$"):
+            moco.save_checkpoint(path, {"step": 2})
+        assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [tmp_path / "c.pt"]
+
+    @pytest.mark.parametrize("arch, mlp", [("resnet50", False), ("resnet50", True), ("resnet18", True)])
+    def test_an_official_checkpoint_is_evaluated_from_its_weights_alone(self, tmp_path, arch, mlp):
+        theirs = getattr(torchvision.models, arch)(num_classes=128)
+        if mlp:
+            theirs.fc = nn.Sequential(nn.Linear(theirs.fc.in_features, theirs.fc.in_features), nn.ReLU(), theirs.fc)
+        names = {f"module.encoder_{x}.{k}": v for x in "qk" for k, v in theirs.state_dict().items()}
+        names |= {"module.queue": torch.randn(128, 8), "module.queue_ptr": torch.zeros(1).long()}
+        official = {"epoch": 200, "arch": arch, "state_dict": names, "optimizer": {"state": {}, "param_groups": []}}
+        torch.save(official, tmp_path / "moco.pth.tar", _use_new_zipfile_serialization=False)
+        encoder = moco.load_encoder(moco.load_checkpoint(str(tmp_path / "moco.pth.tar")), "moco.pth.tar")
+        x = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(encoder(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+
+    def test_knn_takes_an_official_checkpoint(self, folder, run):
+        theirs = torchvision.models.resnet18(num_classes=128).state_dict()
+        names = {f"module.encoder_q.{k}": v for k, v in theirs.items()}
+        torch.save({"epoch": 1, "arch": "resnet18", "state_dict": names, "optimizer": {}}, "moco.pth.tar")
+        status, out, _ = run("knn", "moco.pth.tar", *f"--data {folder} --knn-k 3 --workers 0 --size 32 --json".split())
+        assert status == 0 and json.loads(out)["queries"] == 8
+
+    def test_a_resnet50_of_ours_satisfies_the_official_linear_classifiers_loader(self):
+        model = moco.build_model(tiny_config(arch="resnet50", stem="imagenet", width=1.0))
+        prefix = "module.encoder_q."
+        kept = {f"module.{k}": v for k, v in model.state_dict().items()}
+        kept = {
+            k[len(prefix) :]: v for k, v in kept.items() if k.startswith(prefix) and not k.startswith(prefix + "fc")
+        }
+        classifier = torchvision.models.resnet50()
+        result = classifier.load_state_dict(kept, strict=False)
+        assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
+        detectron2 = {re.sub(r"layer(\d)", lambda m: f"res{int(m[1]) + 1}", k) for k in kept}
+        assert {k.split(".")[0] for k in detectron2} == {"conv1", "bn1", "res2", "res3", "res4", "res5"}
 
 
 class TestTraining:
@@ -817,7 +967,7 @@ class TestTraining:
     def test_a_run_is_sgd_on_the_loss_of_two_views(self, few, tmp_path):
         # two steps: over more, float32's rounding grows
         config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=1.0, batch_size=16, epochs=1)
-        steps = list(moco.train(config))
+        steps = list(moco.Run(config).train())
         model, (images, _) = moco.build_model(config), moco.shapes(40, "train")
         momentum = [torch.zeros_like(p) for p in model.encoder_q.parameters()]
         for step, (_, indices) in enumerate(moco.batch_keys(40, config)):
@@ -839,12 +989,12 @@ class TestTraining:
     def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self, few, tmp_path):
         weights = []
         for seed in (1, 1, 2):
-            list(moco.train(tiny_config(out=str(tmp_path / "c.pt"), overwrite=True, seed=seed, epochs=1)))
+            list(training(tmp_path, overwrite=True, seed=seed, epochs=1))
             weights.append(moco.load_checkpoint(str(tmp_path / "c.pt"))["state_dict"]["module.encoder_q.conv1.weight"])
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
     def test_the_csv_has_a_row_an_epoch_with_knn_when_it_is_due(self, few, tmp_path):
-        rows = [p.row for p in moco.train(tiny_config(out=str(tmp_path / "c.pt"), epochs=5, knn_every=2)) if p.row]
+        rows = [p.row for p in training(tmp_path, epochs=5, knn_every=2) if p.row]
         with open(tmp_path / "c.csv", newline="") as file:
             table = list(csv.DictReader(file))
         assert list(table[0]) == ["epoch", "loss", "lr", "knn", "images_per_s", "seconds"]
@@ -859,7 +1009,7 @@ class TestTraining:
         assert (loaded := moco.load_checkpoint(str(tmp_path / "c.pt")))["epoch"] == 5 and loaded["step"] == 25
 
     def test_a_rows_loss_is_the_mean_of_its_epoch(self, few, tmp_path):
-        steps = list(moco.train(tiny_config(out=str(tmp_path / "c.pt"))))
+        steps = list(training(tmp_path))
         for first in (0, 5):
             assert steps[first + 4].row["loss"] == pytest.approx(
                 sum(p.loss.item() for p in steps[first : first + 5]) / 5
@@ -876,14 +1026,14 @@ class TestTraining:
         ],
     )
     def test_every_option_trains(self, few, tmp_path, options):
-        *_, last = moco.train(tiny_config(out=str(tmp_path / "c.pt"), epochs=1, **options))
+        *_, last = training(tmp_path, epochs=1, **options)
         assert math.isfinite(last.row["loss"])
 
     def test_compile_trains_to_the_same_loss(self, few, tmp_path, monkeypatch):
         compiled, real = [], torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
         losses = [
-            [p.loss for p in moco.train(tiny_config(out=str(tmp_path / f"{c}.pt"), epochs=1, compile=c))]
+            [p.loss for p in moco.Run(tiny_config(out=str(tmp_path / f"{c}.pt"), epochs=1, compile=c)).train()]
             for c in (False, True)
         ]
         assert len(compiled) == 2
@@ -893,11 +1043,11 @@ class TestTraining:
         losses = []
         for workers in (0, 2):
             config = tiny_config(data=str(folder), workers=workers, out=str(tmp_path / f"{workers}.pt"), size=16)
-            losses.append([p.loss for p in moco.train(config)])
+            losses.append([p.loss for p in moco.Run(config).train()])
         assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
 
     def test_unlabelled_images_train_without_knn(self, folder, tmp_path):
-        *_, last = moco.train(tiny_config(data=str(folder / "train"), out=str(tmp_path / "c.pt"), size=16))
+        *_, last = training(tmp_path, data=str(folder / "train"), size=16)
         assert last.row["knn"] is None
 
     def test_the_device_and_its_precision_are_those_asked_for(self, monkeypatch):
@@ -912,6 +1062,196 @@ class TestTraining:
             for precision, bf16 in (("auto", hardware), ("bf16", True), ("fp32", False)):
                 with moco.pick_device(Config(precision=precision))[1]():
                     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+class TestNeverLosingARun:
+    @pytest.mark.parametrize("source, workers", [("shapes", 0), ("folder", 0), ("folder", 2)])
+    @given(data=st.data())
+    @settings(max_examples=4)
+    def test_a_run_resumed_at_any_step_ends_bit_for_bit_as_one_never_stopped(
+        self, small_sets, image_folder, checkpoints, source, workers, data
+    ):
+        stops = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True).map(sorted), label="stops")
+        options = dict(workers=workers, batch_size=8 if source == "shapes" else 4, knn_every=1)
+        if source == "folder":
+            options |= dict(data=str(image_folder), size=16)
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moco, "shapes", lambda n, split: small_sets[40 if split == "train" else 20])
+            path = Path(folder)
+            if source not in checkpoints:
+                list(training(path, **options))
+                checkpoints[source] = moco.load_checkpoint(str(path / "c.pt"))
+            for i, last in enumerate([*stops, 99]):
+                run = moco.Run(tiny_config(out=str(path / "c.pt"), resume=i > 0, overwrite=i == 0, **options))
+                list(run.train(lambda run=run, last=last: run.step == last))
+            assert same(lasting(moco.load_checkpoint(str(path / "c.pt"))), lasting(checkpoints[source]))
+            assert len((path / "c.csv").read_text().splitlines()) == 3
+
+    @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_ends_the_step_saves_and_prints_the_command_that_resumes(
+        self, image_folder, undisturbed, tmp_path, number, status
+    ):
+        begun = start(arguments(image_folder, "--out", "cut.pt"), tmp_path)
+        begun.stdout.readline()
+        begun.send_signal(number)
+        out, err = begun.communicate()
+        match = re.search(r"^stopped after step (\d+); to go on: python moco.py (.*)$", out, re.M)
+        assert begun.returncode == status and err == "" and int(match[1]) < 30
+        assert moco.load_checkpoint(str(tmp_path / "cut.pt"))["step"] == int(match[1])
+        again = subprocess.run([sys.executable, MOCO, *match[2].split()], cwd=tmp_path, capture_output=True)
+        assert again.returncode == 0
+        assert same(lasting(moco.load_checkpoint(str(tmp_path / "cut.pt"))), lasting(undisturbed))
+
+    def test_the_second_signal_acts_at_once(self):
+        with moco.held_signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.pause()
+
+    def test_a_run_killed_again_and_again_ends_as_one_never_killed(self, image_folder, undisturbed, tmp_path):
+        resume = []
+        for _ in range(3):
+            begun = start(arguments(image_folder, "--out", "cut.pt", "--save-every-steps", "1", *resume), tmp_path)
+            begun.stdout.readline()  # an epoch's end; the next save may be half done
+            begun.kill()
+            begun.communicate()
+            assert moco.load_checkpoint(str(tmp_path / "cut.pt"))["step"] >= 5
+            resume = ["--resume"]
+        last = subprocess.run(
+            arguments(image_folder, "--out", "cut.pt", "--save-every-steps", "1", *resume),
+            cwd=tmp_path,
+            capture_output=True,
+        )
+        assert last.returncode == 0 and not list(tmp_path.glob("*.tmp"))
+        assert same(lasting(moco.load_checkpoint(str(tmp_path / "cut.pt"))), lasting(undisturbed))
+
+    def test_two_runs_do_not_write_to_one_checkpoint(self, image_folder, tmp_path):
+        first = start(arguments(image_folder, "--out", "c.pt", "--epochs", "999"), tmp_path)
+        first.stdout.readline()
+        options = tiny_config(data=str(image_folder), size=16, out=str(tmp_path / "c.pt"), workers=0, overwrite=True)
+        with pytest.raises(UserError, match="^--out: another run writes to .*c.csv"):
+            next(moco.Run(options).train())
+        first.kill()
+        first.communicate()
+        assert next(moco.Run(options).train()).step == 1
+
+    def test_saves_come_every_so_many_steps_and_every_five_minutes(self, few, tmp_path, monkeypatch):
+        saves = []
+        monkeypatch.setattr(moco.Run, "save", lambda run, log: saves.append(run.step))
+        list(training(tmp_path, save_every_steps=3))
+        assert saves == [3, 5, 6, 9, 10]
+        saves.clear()
+        minutes = iter([0, 2, 4, 6, 8, 10, 10, 12, 14, 16, 18, 20, 20, *range(22, 99, 2)])
+        monkeypatch.setattr(moco.time, "monotonic", lambda: 60 * next(minutes))
+        list(training(tmp_path))
+        assert saves == [3, 5, 8, 10]
+
+    @pytest.mark.parametrize("where", ["loss", "weights"])
+    def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+        self, few, tmp_path, monkeypatch, where
+    ):
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), save_every_steps=1))
+
+        def poison(*_, real=run.model.forward):
+            loss = real(*_)
+            if run.step == 6 and where == "weights":
+                loss.register_hook(lambda gradient: gradient * math.nan)
+            elif run.step == 6:
+                loss = loss * math.nan
+            return loss
+
+        monkeypatch.setattr(run.model, "forward", poison)
+        with pytest.raises(UserError, match=r"^step 7: .*not finite.*learning rate 0.0207.*--lr.*--precision fp32"):
+            list(run.train())
+        assert moco.load_checkpoint(str(tmp_path / "c.pt"))["step"] == 6
+
+    def test_a_bad_step_is_named_though_it_is_found_later(self, few, tmp_path, monkeypatch):
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
+        real = run.model.forward
+        monkeypatch.setattr(run.model, "forward", lambda *x: real(*x) * (math.nan if run.step >= 7 else 1))
+        with pytest.raises(UserError, match="^step 8: "):
+            list(run.train())
+        assert moco.load_checkpoint(str(tmp_path / "c.pt"))["step"] == 5
+
+    @pytest.mark.parametrize("options", [
+        dict(epochs=3), dict(knn_k=3), dict(knn_t=0.2), dict(workers=1), dict(device="auto"), dict(lr=0.01),
+        dict(save_every_steps=2), dict(precision="bf16"),
+    ])  # fmt: skip
+    def test_resume_takes_options_that_may_change(self, few, tmp_path, checkpoint, options):
+        moco.save_checkpoint(str(tmp_path / "c.pt"), checkpoint)
+        steps = list(training(tmp_path, resume=True, **options))
+        assert [p.step for p in steps] == ([11, 12, 13, 14, 15] if "epochs" in options else [])
+
+    @pytest.mark.parametrize("name, value, old", [
+        ("arch", "resnet34", "resnet18"), ("moco_dim", 8, 16), ("moco_k", 64, 32), ("seed", 1, 0), ("batch_size", 4, 8),
+        ("epochs", 1, 2), ("moco_m", 0.9, 0.99), ("size", 24, 32), ("aug", "v2", "cifar"), ("width", 0.25, 0.125),
+        ("bn_splits", 4, 2), ("mlp", False, True), ("moco_t", 0.3, 0.1), ("symmetric", True, False),
+    ])  # fmt: skip
+    def test_resume_refuses_by_name_what_may_not_change(self, few, tmp_path, checkpoint, run, name, value, old):
+        moco.save_checkpoint("ckpt.pt", checkpoint)
+        flag = moco.flag(name)
+        given = [flag, str(value)] if value not in (True, False) or value == 1 and name != "symmetric" else [flag]
+        status, _, err = run("train", "--resume", *(["--no-mlp"] if name == "mlp" else given))
+        assert status == 2 and err.startswith(f"moco: {flag} {value}: ") and f" {old} " in err and err.count("\n") == 1
+
+    def test_resume_refuses_other_images_a_foreign_file_and_no_file(self, few, tmp_path, checkpoint, run, monkeypatch):
+        assert run("train", "--resume")[2] == "moco: ckpt.pt: No such file or directory\n"
+        torch.save({k: checkpoint[k] for k in ("epoch", "arch", "state_dict")}, "ckpt.pt")
+        assert "was not written by moco.py train" in run("train", "--resume")[2]
+        torch.save({**checkpoint, "optimizer": {}}, "ckpt.pt")
+        assert "its optimizer is of another model" in run("train", "--resume")[2]
+        torch.save({**checkpoint, "images": 41}, "ckpt.pt")
+        assert run("train", "--resume")[2] == "moco: --data shapes: 40 images; ckpt.pt was trained on 41\n"
+
+    def test_a_folder_that_takes_no_file_is_refused_in_a_line(self, few, tmp_path, run, monkeypatch):
+        def refuse(*arguments, **_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(moco, "open", refuse, raising=False)
+        status, _, err = run("train", *"--preset tiny --batch-size 8 --width 0.125 --knn-k 5".split())
+        assert status == 2 and err == "moco: --out: ckpt.csv cannot be written to (Permission denied)\n"
+
+    def test_a_folder_that_vanishes_costs_a_line(self, few, tmp_path):
+        (home := tmp_path / "home").mkdir()
+        steps = training(home)
+        next(steps)
+        shutil.rmtree(home)
+        with pytest.raises(UserError, match="^--out .*c.pt: not written .*No such file"):
+            list(steps)
+
+    def test_litter_of_a_killed_save_is_removed_at_the_next_start(self, few, tmp_path):
+        (tmp_path / "c.pt.tmp").write_text("half a checkpoint")
+        next(training(tmp_path))
+        assert not (tmp_path / "c.pt.tmp").exists()
+
+
+MOCO = str(Path(__file__).parent / "moco.py")
+
+
+def arguments(folder, *options):
+    base = "--preset tiny --width 0.125 --size 16 --batch-size 4 --workers 0 --knn-k 3 --device cpu --precision fp32"
+    base += " --epochs 6"
+    return [sys.executable, MOCO, "train", "--data", str(folder), *base.split(), *options]
+
+
+def start(command, place):
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_folder, tmp_path_factory):
+    """Run in this process what `arguments` describes, to the end."""
+    options = dict(width=0.125, size=16, batch_size=4, workers=0, knn_k=3, device="cpu", precision="fp32", epochs=6)
+    out = str(tmp_path_factory.mktemp("whole") / "c.pt")
+    list(moco.Run(Config.from_preset("tiny", data=str(image_folder), out=out, **options)).train())
+    return moco.load_checkpoint(out)
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    return {}
 
 
 class TestCommandLine:
@@ -983,7 +1323,8 @@ class TestCommandLine:
 
     def test_schedule_may_be_given_several_times(self, monkeypatch, run):
         seen = []
-        monkeypatch.setattr(moco, "train", lambda config: seen.append(config) or [])
+        monkeypatch.setattr(moco, "Run", lambda config: seen.append(config) or 1 / 0)
+        run = partial(pytest.raises, ZeroDivisionError, run)
         run("train", "--schedule", "3", "--schedule", "5", "--no-cos")
         run("train")
         assert (seen[0].schedule, seen[0].cos) == ((3, 5), False) and seen[1] == Config()
@@ -1011,5 +1352,5 @@ class TestReadme:
         assert re.search(r"&& (pytest.*?) +#", self.text).group(1) == ci[-1]
 
     def test_a_run_as_in_the_quick_start_learns(self, tmp_path):
-        *_, last = moco.train(Config.from_preset("tiny", epochs=2, out=str(tmp_path / "c.pt"), device="cpu"))
+        *_, last = moco.Run(Config.from_preset("tiny", epochs=2, out=str(tmp_path / "c.pt"), device="cpu")).train()
         assert last.row["knn"] > 45  # raw pixels: under 40
