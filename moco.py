@@ -69,6 +69,8 @@ class Config:
     root: Annotated[str, "folder to keep cifar10 and cifar100 in"] = "data"
     size: Annotated[int, "side of a view in pixels", COUNT] = 32
     workers: Annotated[int, "processes that read a folder's images", NATURAL] = 2
+    cache: Annotated[bool, "decode a folder's images, all of one size, once, into memory"] = False
+    method: Annotated[Literal["moco", "end-to-end", "memory-bank", "simclr"], "mechanism of contrast"] = "moco"
     arch: Annotated[Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x8d"], "backbone"] = (
         "resnet18"
     )
@@ -81,6 +83,7 @@ class Config:
     moco_m: Annotated[float, "m, momentum of the key encoder", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.99
     moco_t: Annotated[float, "T, temperature of the loss", POSITIVE] = 0.1
     symmetric: Annotated[bool, "query with both views and add the two losses"] = False
+    bank_m: Annotated[float, "momentum of the memory bank's slots", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.5
     aug: Annotated[Literal["cifar", "v1", "v2"], "recipe of the views"] = "cifar"
     epochs: Annotated[int, "passes over the images", COUNT] = 100
     batch_size: Annotated[int, "images a step", COUNT] = 512
@@ -109,6 +112,8 @@ class Config:
         return cls(**{**PRESETS.get(preset, {}), "preset": preset, **explicit})
 
     def __post_init__(self) -> None:
+        if self.symmetric and self.method != "moco":
+            raise UserError(f"--symmetric: --method {self.method} has no such form")
         for name, hint in get_type_hints(Config, include_extras=True).items():
             value, (kind, _, *rules) = getattr(self, name), get_args(hint)
             if get_origin(kind) is Literal:
@@ -219,6 +224,8 @@ class Decoder(Dataset):
             except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
                 return UserError(f"{self.paths[i]}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
+        if any(cut.shape != cuts[0].shape for cut in cuts):
+            return UserError(f"--cache: {self.paths[indices[0]]} and others differ in size; stream them without it")
         return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
 
 
@@ -273,8 +280,23 @@ def scan(config: Config, device: torch.device) -> Data:
         if labelled and (strays := set(names) - set(classes)):
             raise UserError(f"--data {root}: {os.path.join(top, min(strays))} belongs to no class folder of {train}")
         labels = torch.tensor([classes.index(name) for name in names]) if labelled else None
-        folders.append(Folder(paths, labels, config.workers, device))
+        folder = Folder(paths, labels, config.workers, device)
+        folders.append(in_memory(folder) if config.cache else folder)
     return Data(folders[0], folders[1] if labelled else None, len(classes))
+
+
+def whole(image: Tensor, epoch: int, index: int) -> Tensor:
+    """Leave an image as it is."""
+    return image
+
+
+def in_memory(folder: Folder) -> InMemory:
+    """Decode a folder's images, which must be of one size. Raises UserError."""
+    keys = ((0, indices) for indices in torch.arange(len(folder)).split(512))
+    images = list(folder.batches(keys, whole))
+    if any(batch.shape[1:] != images[0].shape[1:] for batch in images):
+        raise UserError("--cache: the images differ in size; stream them without it")
+    return InMemory(torch.cat(images), folder.labels if folder.labels is None else folder.labels.to(folder.device))
 
 
 FORMS: tuple[Callable, ...] = (  # of |u| and |v|, below 0 inside: disk, cross
@@ -618,17 +640,31 @@ class ResNetEncoder(nn.Module):
 # ──────────────────────────────────────────────── Contrast ────────────────────────────────────────────────
 
 
-def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float) -> Tensor:
+def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, excluded: Tensor | None = None) -> Tensor:
     """Ask each query for its key: L = −q·k₊/T + log(exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T)), MoCo eq. 1, mean over N.
 
-    q, k (N,C) hold unit rows and negatives (C,K) unit columns. It is cross-entropy over the K+1 logits [q·k₊, q·kᵢ]/T
-    with label 0, computed in float32 or finer whatever the autocast.
+    q, k (N,C) hold unit rows and negatives (C,K) unit columns, of which each query leaves out those `excluded` (N,K).
+    It is cross-entropy over the K+1 logits [q·k₊, q·kᵢ]/T with label 0, in float32 or finer whatever the autocast.
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, negatives = q.to(dtype) / T, k.to(dtype), negatives.to(dtype)
-        positive = (q * k).sum(1)
-        return (torch.logaddexp(positive, (q @ negatives).logsumexp(1)) - positive).mean()
+        positive, logits = (q * k).sum(1), q @ negatives
+        if excluded is not None:
+            logits = logits.masked_fill(excluded, -math.inf)
+        return (torch.logaddexp(positive, logits.logsumexp(1)) - positive).mean()
+
+
+def embed(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Return the embeddings (N,C) of views (N,3,S,S) as unit rows, in float32 or finer."""
+    z = encoder(x)
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
+def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Embed in a random order, so that a query and its key share no BatchNorm group, 1911.05722, section 3.3."""
+    order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
+    return embed(encoder, im_k[order])[order.argsort()]
 
 
 class MoCo(nn.Module):
@@ -662,23 +698,77 @@ class MoCo(nn.Module):
         self.queue.index_copy_(1, places[-self.K :] % self.K, keys[-self.K :].T.to(self.queue))
         self.queue_ptr.add_(len(keys)).remainder_(self.K)
 
-    @torch.no_grad()
-    def shuffled_keys(self, im_k: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Compute keys (N,C) in a random order, so that a query and its key share no BatchNorm group, section 3.3."""
-        order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
-        return F.normalize(self.encoder_k(im_k[order]).float(), dim=1)[order.argsort()]
+    def forward(
+        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of two views (N,3,S,S), of both ways added if symmetric; then enqueue the keys.
 
-    def forward(self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the loss of two views (N,3,S,S), of both ways added if symmetric; then enqueue the keys."""
+        The mechanisms below are called alike; `indices` (N,), the images' places in the data, serve MemoryBank alone.
+        """
         self.momentum_update()
         negatives = self.queue.clone()  # backward needs them as they were
         losses, keys = [], []
         for x_q, x_k in [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]:
-            q = F.normalize(self.encoder_q(x_q).float(), dim=1)
-            keys.append(self.shuffled_keys(x_k, generator))
+            q = embed(self.encoder_q, x_q)
+            with torch.no_grad():
+                keys.append(shuffled_keys(self.encoder_k, x_k, generator))
             losses.append(info_nce(q, keys[-1], negatives, self.T))
         self.dequeue_and_enqueue(torch.cat(keys))
         return torch.stack(losses).sum()
+
+
+class EndToEnd(nn.Module):
+    """Contrast queries with the other keys of the batch, 1911.05722, figure 2a: gradients flow into both."""
+
+    def __init__(self, encoder: nn.Module, T: float = 0.1) -> None:
+        super().__init__()
+        self.encoder_q, self.T = encoder, T
+
+    def forward(
+        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of two views (N,3,S,S)."""
+        q, k = embed(self.encoder_q, im_q), shuffled_keys(self.encoder_q, im_k, generator)
+        return info_nce(q, k, k.T, self.T, torch.eye(len(k), dtype=torch.bool, device=k.device))
+
+
+class MemoryBank(nn.Module):
+    """Contrast queries with past queries of other images, 1911.05722, figure 2b, after InstDisc, 1805.01978.
+
+    `bank` (M,dim) has a unit row, a slot, for each of M images; a query's slot is its key, K drawn slots its negatives.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, images: int, dim: int = 128, K: int = 4096, m: float = 0.5, T: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.encoder_q, self.K, self.m, self.T = encoder, K, m, T
+        self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
+
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None, indices: Tensor) -> Tensor:
+        """Return the loss of a view (N,3,S,S) of the images `indices` (N,); then move their slots; `im_k` is unused."""
+        indices = indices.to(im_q.device, non_blocking=True)
+        drawn = torch.randint(len(self.bank), (self.K,), generator=generator).to(im_q.device, non_blocking=True)
+        q, k = embed(self.encoder_q, im_q), self.bank[indices]
+        loss = info_nce(q, k, self.bank[drawn].T, self.T, drawn == indices[:, None])
+        self.bank[indices] = F.normalize(torch.lerp(q.detach().to(k), k, self.m), dim=1)
+        return loss
+
+
+class SimCLR(nn.Module):
+    """Contrast both views as queries with all other views of the batch, 2002.05709: NT-Xent, 2N−2 negatives each."""
+
+    def __init__(self, encoder: nn.Module, T: float = 0.1) -> None:
+        super().__init__()
+        self.encoder_q, self.T = encoder, T
+
+    def forward(
+        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of two views (N,3,S,S), mean over the 2N queries."""
+        z = embed(self.encoder_q, torch.cat([im_q, im_k]))
+        self_or_key = torch.eye(len(im_q), dtype=torch.bool, device=z.device).repeat(2, 2)
+        return info_nce(z, z.roll(len(im_q), 0), z.T, self.T, self_or_key)
 
 
 # ─────────────────────────────────────────────── Evaluation ───────────────────────────────────────────────
@@ -709,26 +799,54 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
     return torch.cat(predictions)
 
 
-def check_knn(config: Config, data: Data) -> None:
-    """Raise UserError if these images cannot serve kNN."""
+def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
+    """Fit logistic regression to features (M,D) and labels (M,): the minimum of cross-entropy + decay/2·‖W‖².
+
+    It is convex, and L-BFGS goes to its minimum: there is no learning rate to tune. The papers run SGD with a rate of
+    30 on augmented images instead, 1911.05722, section 4.1.
+    """
+    linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
+    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=500, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(features), labels) + decay / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return linear.requires_grad_(False)
+
+
+def check_data(config: Config, data: Data) -> None:
+    """Raise UserError if these images have no labels to evaluate by, or are too few for kNN."""
     if data.test is None:
-        raise UserError(f"--data {config.data}: kNN needs labels, train/CLASS/* and val/CLASS/* or test/CLASS/*")
+        raise UserError(f"--data {config.data}: no labels to evaluate by; needs train/CLASS/* and val/ or test/CLASS/*")
     if config.knn_k > len(data.train):
         raise UserError(f"--knn-k {config.knn_k}: must be at most {len(data.train)}, the images to choose from")
 
 
-def knn_accuracy(encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False) -> float:
-    """Return the percentage of test images that kNN classifies rightly, by pooled features or by the head's output."""
-    augment = Augment(config.aug, config.size)
-    training = encoder.training
+def accuracy(
+    encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False, linear: bool = False
+) -> float:
+    """Return the top-1 in percent of kNN, or of a linear classifier, on frozen features: pooled, or of the head."""
+    augment, training = Augment(config.aug, config.size), encoder.training
     encoder.eval()
     with autocast():
         encode = encoder if head else encoder.features
         bank, features = (extract_features(encode, split, augment) for split in (data.train, data.test))
     encoder.train(training)
     bank_labels, labels = (split.labels.to(bank.device) for split in (data.train, data.test))
-    right = knn_predict(features, bank, bank_labels, data.classes, config.knn_k, config.knn_t) == labels
-    return 100 * right.double().mean().item()
+    if linear:
+        deviation, mean = torch.std_mean(bank, 0)
+        bank, features = ((x - mean) / deviation.clamp(min=1e-6) for x in (bank, features))
+        predicted = fit_linear(bank, bank_labels, data.classes)(features).argmax(1)
+    else:
+        predicted = knn_predict(features, bank, bank_labels, data.classes, config.knn_k, config.knn_t)
+    return 100 * (predicted == labels).double().mean().item()
 
 
 # ────────────────────────────────────────────── Checkpoints ───────────────────────────────────────────────
@@ -830,12 +948,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def build_model(config: Config) -> MoCo:
-    """Make the model that a configuration describes, always the same for a seed."""
+def build_model(config: Config, images: int) -> nn.Module:
+    """Make the model that a configuration describes for so many images, always the same for a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = ResNetEncoder(config.arch, config.moco_dim, config.mlp, config.bn_splits, config.stem, config.width)
-        return MoCo(encoder, config.moco_dim, config.moco_k, config.moco_m, config.moco_t, config.symmetric)
+        dim, K, T = config.moco_dim, config.moco_k, config.moco_t
+        encoder = ResNetEncoder(config.arch, dim, config.mlp, config.bn_splits, config.stem, config.width)
+        if config.method == "moco":
+            return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
+        if config.method == "memory-bank":
+            return MemoryBank(encoder, images, dim, K, config.bank_m, T)
+        return EndToEnd(encoder, T) if config.method == "end-to-end" else SimCLR(encoder, T)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -863,7 +986,7 @@ def check_run(config: Config, data: Data) -> None:
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
     if data.test is not None:
-        check_knn(config, data)
+        check_data(config, data)
 
 
 RESUMABLE = (  # what --resume may change; epochs only upward
@@ -934,7 +1057,7 @@ class Progress:
 
 
 class Run:
-    """Train MoCo with SGD as a configuration says, from the start or, with `resume`, from where `out` stopped.
+    """Train a model with SGD as a configuration says, from the start or, with `resume`, from where `out` stopped.
 
     All that a run accumulates is in its checkpoint: model, optimizer, step, this epoch's losses (steps an epoch,) and
     seconds, and the past epochs' rows. The rest is a function of the configuration and the step. Raises UserError for
@@ -948,10 +1071,9 @@ class Run:
         check_run(config, self.data)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = build_model(config).to(self.device, memory_format=torch.channels_last)
-        if config.compile:
-            self.model.encoder_q.compile()
-            self.model.encoder_k.compile()
+        self.model = build_model(config, len(self.data.train)).to(self.device, memory_format=torch.channels_last)
+        for encoder in self.model.children() if config.compile else ():
+            encoder.compile()
         parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
         self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
@@ -1005,9 +1127,10 @@ class Run:
             Path(f"{config.out}.tmp").unlink(missing_ok=True)
             write_rows(log, self.rows)
             self.began = time.perf_counter() - self.seconds
-            keys = itertools.islice(batch_keys(len(self.data.train), config), self.step, None)
-            for images in self.data.train.batches(keys, self.split_two_views.two_crops):
-                progress = self.take_step(images)
+            keys, again = (itertools.islice(batch_keys(len(self.data.train), config), self.step, None) for _ in "12")
+            batches = self.data.train.batches(keys, self.split_two_views.two_crops)
+            for images, (_, indices) in zip(batches, again):
+                progress = self.take_step(images, indices)
                 if self.step % self.per_epoch == 0:
                     progress.row = self.end_epoch()
                 due = config.save_every_steps and self.step % config.save_every_steps == 0
@@ -1018,12 +1141,12 @@ class Run:
                 if stop():
                     return
 
-    def take_step(self, images: Tensor) -> Progress:
+    def take_step(self, images: Tensor, indices: Tensor) -> Progress:
         """Train on a batch. Nothing in here waits for the device."""
         generator = rng("step", self.config.seed, self.step)
         x_q, x_k = self.split_two_views(images, generator)
         with self.autocast():
-            loss = self.model(x_q, x_k, generator)
+            loss = self.model(x_q, x_k, generator, indices)
         lr = self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.per_epoch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -1039,7 +1162,7 @@ class Run:
         row["images_per_s"] = self.per_epoch * config.batch_size / (time.perf_counter() - self.began)
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test is not None:
-            row["knn"] = knn_accuracy(self.model.encoder_q, self.data, config, self.autocast)
+            row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
         row["seconds"] = time.perf_counter() - self.began
         self.began = time.perf_counter()
         self.rows.append(row)
@@ -1121,10 +1244,33 @@ def held_signals() -> Iterator[list[int]]:
         restore()
 
 
+def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> dict[str, Any]:
+    """Measure a checkpoint's accuracy under its own options, save for explicit ones; say the settings that made it."""
+    checkpoint = load_checkpoint(path)
+    encoder = load_encoder(checkpoint, path)
+    official = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
+    config = Config(**{**checkpoint.get("config", official), **explicit})
+    device, autocast = pick_device(config)
+    data = load_data(config, device)
+    check_data(config, data)
+    encoder.to(device, memory_format=torch.channels_last)
+    result = {
+        "top1": accuracy(encoder, data, config, autocast, head, linear),
+        "features": "head" if head else "backbone",
+    }
+    result |= {} if linear else {"k": config.knn_k, "T": config.knn_t}
+    result |= {"data": config.data, "bank": len(data.train), "queries": len(data.test)}
+    return result | {"checkpoint": path, "epoch": checkpoint["epoch"], "device": device.type}
+
+
 def command_line() -> Any:
     """Make the Typer application."""
     import typer
 
+    CHECKPOINT = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
+    HEAD = Annotated[bool, typer.Option("--head", help="take the head's output, not pooled features")]
+    JSON = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+    EVALUATION = ("data", "root", "size", "workers", "cache", "aug", "device", "precision")
     app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.command("train")
@@ -1147,27 +1293,31 @@ def command_line() -> Any:
         print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
 
     @app.command("knn")
-    @options_from_config("data", "root", "size", "workers", "aug", "device", "precision", "knn_k", "knn_t")
-    def knn_command(
-        checkpoint: Annotated[str, typer.Argument(help="file that train wrote, or an official one")],
-        head: Annotated[bool, typer.Option("--head", help="compare the head's output, not pooled features")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-        **options: Any,
-    ) -> None:
+    @options_from_config(*EVALUATION, "knn_k", "knn_t")
+    def knn_command(checkpoint: CHECKPOINT, head: HEAD = False, as_json: JSON = False, **options: Any) -> None:
         """Classify the test images by their nearest training images in a checkpoint's features."""
-        loaded = load_checkpoint(checkpoint)
-        encoder = load_encoder(loaded, checkpoint)
-        preset = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
-        config = Config(**loaded.get("config", preset) | given(options))
-        device, autocast = pick_device(config)
-        data = load_data(config, device)
-        check_knn(config, data)
-        encoder = encoder.to(device, memory_format=torch.channels_last)
-        top1 = knn_accuracy(encoder, data, config, autocast, head)
-        result = {"top1": top1, "features": "head" if head else "backbone", "k": config.knn_k, "T": config.knn_t}
-        result |= {"data": config.data, "bank": len(data.train), "queries": len(data.test)}
-        result |= {"checkpoint": checkpoint, "epoch": loaded["epoch"], "device": device.type}
+        result = evaluate(checkpoint, head, False, given(options))
         print(json.dumps(result) if as_json else "kNN top-1 {top1:.2f} % (k {k}, T {T}, {features})".format(**result))
+
+    @app.command("linear")
+    @options_from_config(*EVALUATION)
+    def linear_command(checkpoint: CHECKPOINT, head: HEAD = False, as_json: JSON = False, **options: Any) -> None:
+        """Classify the test images by a linear classifier fitted to the training images' features."""
+        result = evaluate(checkpoint, head, True, given(options))
+        print(json.dumps(result) if as_json else "linear top-1 {top1:.2f} % ({features})".format(**result))
+
+    @app.command("export")
+    def export_command(
+        checkpoint: CHECKPOINT,
+        out: Annotated[str, typer.Argument(help="file to write")],
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="replace it if it exists")] = False,
+    ) -> None:
+        """Write a checkpoint's backbone, less the head, under torchvision's names."""
+        if Path(out).exists() and not overwrite:
+            raise UserError(f"{out}: exists already; give --overwrite to replace it")
+        weights = load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict()
+        save_checkpoint(out, {name: x for name, x in weights.items() if not name.startswith("fc.")})
+        print(f"wrote {out}")
 
     return app
 

@@ -517,6 +517,16 @@ class TestInfoNCE:
         x = unit(1, 8, 0).expand(5, 8)
         close(info_nce(x, x, x[:4].T, 0.07), torch.tensor(math.log(5)))
 
+    @given(SEEDS, st.integers(1, 5), st.integers(2, 7))
+    def test_an_excluded_negative_counts_neither_in_the_loss_nor_in_its_gradients(self, seed, n, K):
+        q, k, negatives = unit(n, 4, seed), unit(n, 4, seed + 1), unit(K, 4, seed + 2).T.requires_grad_()
+        excluded = torch.rand(n, K, generator=rng(seed)) < 0.5
+        excluded[:, 0], excluded[:, 1] = False, True
+        loss = info_nce(q, k, negatives, 0.2, excluded)
+        each = [info_nce(q[i : i + 1], k[i : i + 1], negatives[:, ~excluded[i]], 0.2) for i in range(n)]
+        close(loss, torch.stack(each).mean(), atol=1e-9)
+        assert (torch.autograd.grad(loss, negatives)[0][:, 1] == 0).all()
+
     @given(SEEDS, TEMPERATURES)
     def test_the_loss_is_computed_in_float32_under_autocast(self, seed, t):
         q, k, negatives = unit(4, 16, seed).float(), unit(4, 16, seed + 1).float(), unit(9, 16, seed + 2).float().T
@@ -627,24 +637,27 @@ class TestMoCo:
                 return super().forward(x)
 
         model, x = MoCo(Spy(5, 4), dim=4, K=8), torch.randn(16, 5)
-        keys = model.shuffled_keys(x, rng(1))
+        keys = moco.shuffled_keys(model.encoder_k, x, rng(1))
         order = torch.randperm(16, generator=rng(1))
         assert torch.equal(seen[0], x[order]) and not torch.equal(order, torch.arange(16))
         close(keys, F.normalize(model.encoder_k(x), dim=1))
-        assert torch.equal(keys, model.shuffled_keys(x, rng(1)))
+        assert torch.equal(keys, moco.shuffled_keys(model.encoder_k, x, rng(1)))
 
     def test_a_query_and_its_key_are_not_normalised_with_the_same_images(self):
         encoder = nn.Sequential(SplitBatchNorm(2, 4), nn.Flatten())
         model, x = MoCo(encoder, dim=2, K=8), torch.randn(8, 2, 1, 1)
         order = torch.randperm(8, generator=rng(5))
         expected = F.normalize(copy.deepcopy(encoder)(x[order]), dim=1)
-        close(model.shuffled_keys(x, rng(5))[order], expected)
-        assert not torch.allclose(model.shuffled_keys(x, rng(5)), F.normalize(encoder(x), dim=1))
+        keys = moco.shuffled_keys(model.encoder_k, x, rng(5))
+        close(keys[order], expected)
+        assert not torch.allclose(keys, F.normalize(encoder(x), dim=1))
 
     @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
-    @pytest.mark.parametrize("symmetric", [False, True])
-    def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, symmetric):
-        model, augment = moco.build_model(tiny_config(symmetric=symmetric)), Augment()
+    @pytest.mark.parametrize(
+        "options", [{}, {"symmetric": True}, *({"method": name} for name in ("end-to-end", "memory-bank", "simclr"))]
+    )
+    def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, options):
+        model, augment = moco.build_model(tiny_config(**options), 8), Augment()
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (*model.modules(), augment):
                 for store in (module._parameters, module._buffers):
@@ -655,12 +668,12 @@ class TestMoCo:
             images = torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="cuda")
             x_q, x_k = SplitTwoViews(augment)(images, torch.Generator())
             with torch.autocast("cuda", torch.bfloat16):
-                loss = model(x_q, x_k, torch.Generator())
+                loss = model(x_q, x_k, torch.Generator(), torch.arange(8))
             model.eval()
             features = moco.extract_features(model.encoder_q.features, InMemory(images, None), augment)
             labels = torch.zeros(8, dtype=torch.long, device="cuda")
             predictions = knn_predict(features, features, labels, 3, 2, 0.1)
-        assert {x.device.type for x in (x_q, x_k, loss, model.queue, features, predictions)} == {"cuda"}
+        assert {x.device.type for x in (x_q, x_k, loss, features, predictions, *model.buffers())} == {"cuda"}
         assert loss.dtype == features.dtype == torch.float32
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -668,7 +681,7 @@ class TestMoCo:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         results = []
         for device in ("cpu", "cuda"):
-            model = moco.build_model(tiny_config()).to(device)
+            model = moco.build_model(tiny_config(), 8).to(device)
             x_q, x_k = SplitTwoViews(Augment())(images_of(8).to(device), rng(1))
             model(x_q, x_k, rng(2)).backward()
             results.append([model.queue.cpu(), *(p.grad.cpu() for p in model.encoder_q.parameters())])
@@ -677,11 +690,103 @@ class TestMoCo:
 
     def test_bf16_and_channels_last_change_the_loss_little(self):
         x = torch.randn(2, 8, 3, 32, 32)
-        model = moco.build_model(tiny_config())
+        model = moco.build_model(tiny_config(), 8)
         other = copy.deepcopy(model).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             low = other(*x, rng(0))
         assert low.dtype == torch.float32 and abs(low - model(*x, rng(0))) < 0.05
+
+
+def oracle_nce(q, keys, own, left_out, t):
+    """Compute InfoNCE query by query: `own[i]` is the key of query i, `left_out[i]` what it is not compared with."""
+    losses = []
+    for i in range(len(q)):
+        logits = [q[i] @ keys[j] / t for j in range(len(keys)) if j == own[i] or j not in left_out[i]]
+        losses.append(torch.stack(logits).exp().sum().log() - q[i] @ keys[own[i]] / t)
+    return torch.stack(losses).mean()
+
+
+def two_views(seed, n):
+    torch.manual_seed(seed)
+    return nn.Linear(5, 4).double(), *torch.randn(2, n, 5, dtype=torch.float64)
+
+
+class TestMechanisms:
+    @given(SEEDS, st.integers(2, 7), TEMPERATURES)
+    def test_end_to_end_contrasts_with_the_batchs_other_keys_and_gradients_flow_into_both(self, seed, n, t):
+        encoder, im_q, im_k = two_views(seed, n)
+        q, k = (F.normalize(encoder(x), dim=1) for x in (im_q, im_k))
+        actual, expected = moco.EndToEnd(encoder, t)(im_q, im_k), oracle_nce(q, k, range(n), [()] * n, t)
+        close(actual, expected, atol=1e-9)
+        close(*(torch.autograd.grad(x, encoder.weight)[0] for x in (actual, expected)), atol=1e-8)
+
+    @given(SEEDS, st.integers(2, 7))
+    def test_end_to_end_is_moco_with_m_0_and_the_batchs_other_keys_for_a_queue(self, seed, n):
+        encoder, im_q, im_k = two_views(seed, n)
+        loss, model = moco.EndToEnd(copy.deepcopy(encoder), 0.2)(im_q, im_k), MoCo(encoder, 4, n - 1, m=0, T=0.2)
+        keys, each = F.normalize(encoder(im_k), dim=1).detach(), []
+        for i in range(n):
+            model.queue = torch.cat([keys[:i], keys[i + 1 :]]).T
+            each.append(model(im_q[i : i + 1], im_k[i : i + 1]))
+        close(loss, torch.stack(each).mean(), atol=1e-8)
+
+    def test_end_to_end_shuffles_its_keys(self):
+        encoder = nn.Sequential(SplitBatchNorm(2, 4), nn.Flatten())
+        x = torch.randn(8, 2, 1, 1)
+        order = torch.randperm(8, generator=rng(5))
+        q = F.normalize(copy.deepcopy(encoder)(x), dim=1)
+        k = F.normalize(copy.deepcopy(encoder)(x[order]), dim=1)[order.argsort()]
+        close(moco.EndToEnd(encoder, 0.2)(x, x, rng(5)), oracle_nce(q, k, range(8), [()] * 8, 0.2))
+
+    @given(SEEDS, st.integers(1, 6), st.integers(1, 9), st.floats(0, 1))
+    def test_the_memory_bank_contrasts_with_drawn_slots_and_moves_its_own(self, seed, n, K, m):
+        encoder, im_q, im_k = two_views(seed, n)
+        model = moco.MemoryBank(encoder, images=9, dim=4, K=K, m=m, T=0.3).double()
+        indices, bank = torch.randperm(9, generator=rng(seed))[:n], model.bank.clone()
+        drawn = torch.randint(9, (K,), generator=rng(seed, 1)).tolist()
+        q = F.normalize(encoder(im_q), dim=1)
+        each = [
+            oracle_nce(q[i : i + 1], torch.stack([bank[own], *(bank[j] for j in drawn if j != own)]), [0], [()], 0.3)
+            for i, own in enumerate(indices.tolist())
+        ]
+        actual, expected = model(im_q, im_k, rng(seed, 1), indices), torch.stack(each).mean()
+        gradients = [torch.autograd.grad(x, encoder.weight)[0] for x in (actual, expected)]
+        close(actual, expected, atol=1e-8)
+        close(*gradients, atol=1e-7)
+        for i, own in enumerate(indices.tolist()):
+            bank[own] = (m * bank[own] + (1 - m) * q[i].detach()) / (m * bank[own] + (1 - m) * q[i].detach()).norm()
+        close(model.bank, bank, atol=1e-8)
+
+    def test_the_memory_bank_starts_as_unit_rows_without_gradients_and_sees_one_view(self):
+        encoder, im_q, im_k = two_views(0, 3)
+        model = moco.MemoryBank(encoder, images=9, dim=4, K=5).double()
+        close(model.bank.norm(dim=1), torch.ones(9))
+        losses = [copy.deepcopy(model)(im_q, x, rng(1), torch.arange(3)) for x in (im_k, im_k * math.nan)]
+        assert torch.equal(*losses) and not model.bank.requires_grad
+
+    @given(SEEDS, st.integers(1, 6), TEMPERATURES)
+    def test_simclr_is_nt_xent_over_both_views(self, seed, n, t):
+        encoder, im_q, im_k = two_views(seed, n)
+        z = F.normalize(encoder(torch.cat([im_q, im_k])), dim=1)
+        own = [(i + n) % (2 * n) for i in range(2 * n)]
+        actual, expected = moco.SimCLR(encoder, t)(im_q, im_k), oracle_nce(z, z, own, [(i,) for i in range(2 * n)], t)
+        close(actual, expected, atol=1e-9)
+        if n > 1:
+            close(*(torch.autograd.grad(x, encoder.weight)[0] for x in (actual, expected)), atol=1e-8)
+            close(moco.SimCLR(encoder, t)(im_k, im_q), actual, atol=1e-9)
+
+    @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
+    def test_every_mechanism_trains_saves_and_is_evaluated(self, few, run, method):
+        options = "--preset tiny --width 0.125 --batch-size 8 --epochs 1 --knn-k 5 --device cpu --method"
+        assert run("train", *options.split(), method)[0] == 0
+        names = {name.split(".")[1] for name in moco.load_checkpoint("ckpt.pt")["state_dict"]}
+        extra = {"moco": {"encoder_k", "queue", "queue_ptr"}, "memory-bank": {"bank"}}
+        assert names == {"encoder_q"} | extra.get(method, set())
+        assert run("knn", "ckpt.pt")[0] == 0
+
+    def test_the_symmetric_loss_is_mocos_alone(self):
+        with pytest.raises(UserError, match="^--symmetric: --method simclr"):
+            Config(method="simclr", symmetric=True)
 
 
 class TestEvaluation:
@@ -732,7 +837,7 @@ class TestEvaluation:
         encoder = ResNetEncoder(width=0.125, bn_splits=2).train(training)
         split = InMemory(images_of(10), torch.arange(10) % 3)
         state = copy.deepcopy(encoder.state_dict())
-        top1 = moco.knn_accuracy(encoder, moco.Data(split, split, 3), tiny_config(knn_k=1), torch.no_grad)
+        top1 = moco.accuracy(encoder, moco.Data(split, split, 3), tiny_config(knn_k=1), torch.no_grad)
         assert top1 == 100 and encoder.training == training
         assert all(torch.equal(a, b) for a, b in zip(state.values(), encoder.state_dict().values(), strict=True))
 
@@ -741,8 +846,34 @@ class TestEvaluation:
         split = InMemory(images_of(10), torch.zeros(10).long())
         monkeypatch.setattr(moco, "knn_predict", lambda f, *_: seen.append(f.shape[1]) or torch.zeros(10))
         for head in (False, True):
-            moco.knn_accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad, head)
+            moco.accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad, head)
         assert seen == [64, 5]
+
+    @given(SEEDS, st.integers(2, 4))
+    def test_the_linear_classifier_is_at_the_minimum_of_its_convex_loss(self, seed, classes):
+        x, y = torch.randn(60, 3, generator=rng(seed), dtype=torch.float64), torch.arange(60) % classes
+        linear = moco.fit_linear(x, y, classes, decay=0.01)
+        weight, bias = (p.clone().requires_grad_() for p in (linear.weight, linear.bias))
+        probability = (x @ weight.T + bias).exp()
+        likelihood = probability[torch.arange(60), y] / probability.sum(1)
+        loss = -likelihood.log().mean() + 0.005 * (weight**2).sum()
+        assert all(gradient.abs().max() < 1e-4 for gradient in torch.autograd.grad(loss, (weight, bias)))
+        assert torch.equal(linear.weight, moco.fit_linear(x, y, classes, decay=0.01).weight)
+
+    def test_the_linear_classifier_sees_standardised_features(self, monkeypatch):
+        seen = []
+        features = iter([100 + 7 * torch.randn(50, 3), 100 + 7 * torch.randn(20, 3)])
+        monkeypatch.setattr(moco, "extract_features", lambda *_: next(features))
+        monkeypatch.setattr(moco, "fit_linear", lambda x, *_: seen.append(x) or (lambda z: seen.append(z) or z))
+        data = moco.Data(InMemory(None, torch.zeros(50)), InMemory(None, torch.zeros(20)), 3)
+        moco.accuracy(ResNetEncoder(width=0.125), data, tiny_config(), torch.no_grad, linear=True)
+        close(seen[0].mean(0), torch.zeros(3), atol=1e-4)
+        close(seen[0].std(0), torch.ones(3), atol=1e-4)
+        assert 0 < (seen[1].std(0) - 1).abs().max() < 1
+
+    def test_classes_on_two_sides_of_a_plane_are_told_apart(self):
+        x = torch.randn(200, 5, generator=rng(0))
+        assert torch.equal(moco.fit_linear(x, (x[:, 0] > 0).long(), 2)(x).argmax(1), (x[:, 0] > 0).long())
 
 
 @pytest.fixture(scope="module")
@@ -931,7 +1062,7 @@ class TestCheckpoints:
         assert status == 0 and json.loads(out)["queries"] == 8
 
     def test_a_resnet50_of_ours_satisfies_the_official_linear_classifiers_loader(self):
-        model = moco.build_model(tiny_config(arch="resnet50", stem="imagenet", width=1.0))
+        model = moco.build_model(tiny_config(arch="resnet50", stem="imagenet", width=1.0), 8)
         prefix = "module.encoder_q."
         kept = {f"module.{k}": v for k, v in model.state_dict().items()}
         kept = {
@@ -968,7 +1099,7 @@ class TestTraining:
         # two steps: over more, float32's rounding grows
         config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=1.0, batch_size=16, epochs=1)
         steps = list(moco.Run(config).train())
-        model, (images, _) = moco.build_model(config), moco.shapes(40, "train")
+        model, (images, _) = moco.build_model(config, 40), moco.shapes(40, "train")
         momentum = [torch.zeros_like(p) for p in model.encoder_q.parameters()]
         for step, (_, indices) in enumerate(moco.batch_keys(40, config)):
             generator = rng("step", config.seed, step)
@@ -1062,6 +1193,51 @@ class TestTraining:
             for precision, bf16 in (("auto", hardware), ("bf16", True), ("fp32", False)):
                 with moco.pick_device(Config(precision=precision))[1]():
                     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+class TestExport:
+    def exported(self, run, tmp_path, **options):
+        config = tiny_config(**options)
+        names = {f"module.{k}": v for k, v in moco.build_model(config, 8).state_dict().items()}
+        base = {"epoch": 1, "arch": config.arch, "config": dataclasses.asdict(config)}
+        torch.save(base | {"state_dict": names}, tmp_path / "ckpt.pt")
+        assert run("export", "ckpt.pt", "backbone.pt") == (0, "wrote backbone.pt\n", "")
+        return names, torch.load(tmp_path / "backbone.pt", weights_only=True)
+
+    def test_the_backbone_is_the_query_encoder_without_its_head(self, run, tmp_path):
+        names, backbone = self.exported(run, tmp_path)
+        prefix = "module.encoder_q."
+        expected = {k[len(prefix) :]: v for k, v in names.items() if k.startswith(prefix) and ".fc." not in k}
+        assert same(dict(backbone), expected)
+
+    @pytest.mark.parametrize("detector", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+    def test_a_resnet50_is_the_body_of_a_detector_that_takes_a_training_step(self, run, tmp_path, detector):
+        _, backbone = self.exported(run, tmp_path, arch="resnet50", stem="imagenet", width=1.0)
+        result = torchvision.models.resnet50().load_state_dict(backbone, strict=False)
+        assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
+        make = getattr(torchvision.models.detection, detector)
+        model = make(weights=None, weights_backbone=None, num_classes=2, min_size=64, max_size=64)
+        model.backbone.body.load_state_dict(backbone)
+        before = model.backbone.body.layer4[0].conv1.weight.clone()
+        target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+        target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8)
+        sum(model([torch.rand(3, 64, 64)], [target]).values()).backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        assert not torch.equal(model.backbone.body.layer4[0].conv1.weight, before)
+
+    def test_an_existing_file_is_kept_unless_asked(self, run, tmp_path):
+        self.exported(run, tmp_path)
+        assert run("export", "ckpt.pt", "backbone.pt")[::2] == (
+            2,
+            "moco: backbone.pt: exists already; give --overwrite to replace it\n",
+        )
+        assert run("export", "ckpt.pt", "backbone.pt", "--overwrite")[0] == 0
+
+    def test_linear_prints_an_accuracy_and_the_settings_that_made_it(self, few, run, checkpoint):
+        torch.save(checkpoint, "ckpt.pt")
+        first, again = (json.loads(run("linear", "ckpt.pt", "--json")[1]) for _ in "12")
+        assert first == again and 0 <= first["top1"] <= 100 and (first["bank"], first["queries"]) == (40, 20)
+        assert run("linear", "ckpt.pt", "--head")[1].startswith("linear top-1 ")
 
 
 class TestNeverLosingARun:
