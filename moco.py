@@ -40,10 +40,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as tvf
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -153,6 +155,56 @@ def rng(*key: int | str) -> torch.Generator:
     """Make the CPU generator that belongs to a key such as ("step", seed, step), whatever was drawn before."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # torch's CPU engine takes 32 bits of a seed
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# Under torchrun each of W processes holds its share of every batch, in the order of the ranks, and draws for the whole,
+# so that W processes do what one does. With one process each of these functions is the identity.
+
+
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and the number W of processes."""
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+
+
+def share(x: Tensor) -> Tensor:
+    """Return this process's rows of x (W·N,…): (N,…)."""
+    rank, size = ranks()
+    return x.chunk(size)[rank]
+
+
+def uniform(generator: torch.Generator, n: int, *shape: int) -> Tensor:
+    """Draw numbers in [0,1) for the n images that this process holds: (n,*shape)."""
+    return share(torch.rand(ranks()[1] * n, *shape, generator=generator))
+
+
+class Gather(torch.autograd.Function):
+    """Concatenate all processes' rows, and sum what all processes' gradients say of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(ranks()[1])]
+        dist.all_gather(rows, x)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return share(gradient)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Return the rows (W·N,…) of all processes' x (N,…), in the order of the ranks."""
+    return Gather.apply(x.contiguous()) if ranks()[1] > 1 else x
+
+
+def agreed(number: int) -> int:
+    """Return the largest of all processes' numbers."""
+    if ranks()[1] == 1:
+        return number
+    dist.all_reduce(largest := torch.tensor(number), dist.ReduceOp.MAX)
+    return int(largest)
 
 
 # ────────────────────────────────────────────────── Data ──────────────────────────────────────────────────
@@ -347,13 +399,13 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
 # of 0 or 1 takes a CPU a twentieth of torch.where's time; in-place operations spare it much memory traffic.
 
 
-def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Draw boxes (n,4) of top, left, height, width as torchvision's RandomResizedCrop does.
+def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
+    """Turn u (N,4,10), uniform in [0,1), into boxes (N,4) of top, left, height, width as RandomResizedCrop draws them.
 
     The area is uniform in `scale`, the logarithm of the ratio in ±log 4/3; the first of ten tries that fits
     counts, else the centre.
     """
-    u = torch.rand(4, n, 10, generator=generator)
+    u = u.transpose(0, 1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     ratio = (math.log(4 / 3) * (2 * u[1] - 1)).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -497,14 +549,14 @@ class Augment(nn.Module):
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Crop images uint8 (N,3,H,W) and `finish` them: float (N,3,S,S), normalised."""
-        boxes = crop_boxes(len(images), *images.shape[2:], self.recipe.scale, generator)
+        boxes = crop_boxes(uniform(generator, len(images), 4, 10), *images.shape[2:], self.recipe.scale)
         return self.finish(crop(images / 255, boxes.to(images.device, non_blocking=True), self.size), generator)
 
     def finish(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Take crops (N,3,S,S) in [0,1] through the recipe's steps and normalise them."""
 
         def draw(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator).to(x.device, non_blocking=True)
+            return uniform(generator, *shape).to(x.device, non_blocking=True)
 
         for name, probability, *strengths in self.recipe.steps:
             chosen = (draw(len(x), 1, 1, 1) < probability).to(x)
@@ -544,7 +596,8 @@ class SplitTwoViews:
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Take both views' crops uint8 (2,3,S,S) from an image (3,H,W) at its own resolution, as a worker does."""
         size, scale = self.augment.size, self.augment.recipe.scale
-        boxes = crop_boxes(2, *image.shape[1:], scale, rng("crop", self.seed, epoch, index))
+        u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
+        boxes = crop_boxes(u, *image.shape[1:], scale)
         return torch.stack([tvf.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()])
 
 
@@ -662,9 +715,13 @@ def embed(encoder: nn.Module, x: Tensor) -> Tensor:
 
 
 def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Embed in a random order, so that a query and its key share no BatchNorm group, 1911.05722, section 3.3."""
+    """Embed all processes' views (N,3,S,S) as keys (W·N,C), in a random order over processes and BatchNorm groups.
+
+    A query and its key are then not normalised together: ShuffleBN, 1911.05722, section 3.3.
+    """
+    im_k = gathered(im_k)
     order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
-    return embed(encoder, im_k[order])[order.argsort()]
+    return gathered(embed(encoder, im_k[share(order)]))[order.argsort()]
 
 
 class MoCo(nn.Module):
@@ -712,7 +769,7 @@ class MoCo(nn.Module):
             q = embed(self.encoder_q, x_q)
             with torch.no_grad():
                 keys.append(shuffled_keys(self.encoder_k, x_k, generator))
-            losses.append(info_nce(q, keys[-1], negatives, self.T))
+            losses.append(info_nce(q, share(keys[-1]), negatives, self.T))
         self.dequeue_and_enqueue(torch.cat(keys))
         return torch.stack(losses).sum()
 
@@ -729,7 +786,8 @@ class EndToEnd(nn.Module):
     ) -> Tensor:
         """Return the loss of two views (N,3,S,S)."""
         q, k = embed(self.encoder_q, im_q), shuffled_keys(self.encoder_q, im_k, generator)
-        return info_nce(q, k, k.T, self.T, torch.eye(len(k), dtype=torch.bool, device=k.device))
+        own = torch.eye(len(k), dtype=torch.bool, device=k.device)
+        return info_nce(q, share(k), k.T, self.T, share(own))
 
 
 class MemoryBank(nn.Module):
@@ -751,7 +809,8 @@ class MemoryBank(nn.Module):
         drawn = torch.randint(len(self.bank), (self.K,), generator=generator).to(im_q.device, non_blocking=True)
         q, k = embed(self.encoder_q, im_q), self.bank[indices]
         loss = info_nce(q, k, self.bank[drawn].T, self.T, drawn == indices[:, None])
-        self.bank[indices] = F.normalize(torch.lerp(q.detach().to(k), k, self.m), dim=1)
+        slots = F.normalize(torch.lerp(q.detach().to(k), k, self.m), dim=1)
+        self.bank[gathered(indices)] = gathered(slots)
         return loss
 
 
@@ -766,9 +825,12 @@ class SimCLR(nn.Module):
         self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
     ) -> Tensor:
         """Return the loss of two views (N,3,S,S), mean over the 2N queries."""
-        z = embed(self.encoder_q, torch.cat([im_q, im_k]))
-        self_or_key = torch.eye(len(im_q), dtype=torch.bool, device=z.device).repeat(2, 2)
-        return info_nce(z, z.roll(len(im_q), 0), z.T, self.T, self_or_key)
+        z_q, z_k = embed(self.encoder_q, im_q), embed(self.encoder_q, im_k)
+        others = torch.cat([gathered(z_q), gathered(z_k)]).T
+        own = share(torch.eye(others.shape[1] // 2, dtype=torch.bool, device=z_q.device)).repeat(
+            2, 2
+        )  # itself, its key
+        return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), others, self.T, own)
 
 
 # ─────────────────────────────────────────────── Evaluation ───────────────────────────────────────────────
@@ -776,9 +838,11 @@ class SimCLR(nn.Module):
 
 @torch.no_grad()
 def extract_features(encode: Callable, source: InMemory | Folder, augment: Augment, batch_size: int = 512) -> Tensor:
-    """Return `encode` of all M images of a split, in order: float32 (M,D)."""
-    keys = ((0, indices) for indices in torch.arange(len(source)).split(batch_size))
-    return torch.cat([encode(augment.plain(images)).float() for images in source.batches(keys, augment.centre)])
+    """Return `encode` of all M images of a split, in order: float32 (M,D); each process does its share."""
+    each = -(-len(source) // ranks()[1])
+    mine = share(torch.arange(ranks()[1] * each).clamp(max=len(source) - 1))
+    batches = source.batches(((0, indices) for indices in mine.split(batch_size)), augment.centre)
+    return gathered(torch.cat([encode(augment.plain(images)).float() for images in batches]))[: len(source)]
 
 
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
@@ -937,7 +1001,16 @@ def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autoca
     else:
         hardware = name == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     bf16 = config.precision == "bf16" or (config.precision == "auto" and hardware)
-    return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=bf16)
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    return device, partial(torch.autocast, name, torch.bfloat16, enabled=bf16)
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that torchrun started, if it did."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def keep_freed_memory() -> None:
@@ -969,11 +1042,11 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 
 def batch_keys(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
-    """Yield each step's epoch and indices (N,): an epoch is a permutation of n images less the incomplete batch."""
+    """Yield each step's epoch and this process's indices (N,); an epoch permutes the images, less a short batch."""
     for epoch in range(config.epochs):
         order = torch.randperm(n, generator=rng("order", config.seed, epoch))
         for indices in order[: n - n % config.batch_size].split(config.batch_size):
-            yield epoch, indices
+            yield epoch, share(indices)
 
 
 def check_run(config: Config, data: Data) -> None:
@@ -981,8 +1054,13 @@ def check_run(config: Config, data: Data) -> None:
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists")
-    if out.exists() and not (config.overwrite or config.resume):
+    if ranks()[0] == 0 and out.exists() and not (config.overwrite or config.resume):
         raise UserError(f"--out {out}: exists already; give --resume to go on, --overwrite, or another --out")
+    if config.batch_size % (ranks()[1] * config.bn_splits):
+        raise UserError(
+            f"--batch-size {config.batch_size}: must be a multiple of {ranks()[1]} processes times --bn-splits "
+            f"{config.bn_splits}"
+        )
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
     if data.test is not None:
@@ -1067,7 +1145,11 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device, self.autocast = pick_device(config)
-        self.data = load_data(config, self.device)
+        join_processes(self.device)
+        for first in (True, False):  # the process of rank 0 downloads for the others
+            if first == (ranks()[0] == 0):
+                self.data = load_data(config, self.device)
+            agreed(0)
         check_run(config, self.data)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -1082,6 +1164,7 @@ class Run:
         self.step, self.seconds, self.rows = 0, 0.0, []
         if config.resume:
             self.restore(load_run(config.out))
+        self.forward = DistributedDataParallel(self.model, broadcast_buffers=False) if ranks()[1] > 1 else self.model
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Go back to where a checkpoint was saved."""
@@ -1096,8 +1179,11 @@ class Run:
             raise UserError(f"--resume: {self.config.out}: its optimizer is of another model") from error
         self.step, self.seconds, self.rows = (checkpoint[name] for name in ("step", "seconds", "rows"))
 
-    def save(self, log: TextIO) -> None:
-        """Write checkpoint and .csv. Raises UserError, and keeps those of before, once a number is not finite."""
+    def save(self, log: TextIO | None) -> None:
+        """Write checkpoint and .csv, in the process that holds the latter.
+
+        Raises UserError, and keeps those of before, once a number is not finite.
+        """
         weights = self.model.state_dict()
         bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
         if bad or not all(x.isfinite().all() for x in weights.values()):
@@ -1114,8 +1200,9 @@ class Run:
             "images": len(self.data.train), "losses": self.losses, "rows": self.rows,
             "seconds": time.perf_counter() - self.began,
         }  # fmt: skip
-        save_checkpoint(self.config.out, checkpoint)
-        write_rows(log, self.rows)
+        if log:
+            save_checkpoint(self.config.out, checkpoint)
+            write_rows(log, self.rows)
 
     def train(self, stop: Callable[[], Any] = lambda: False) -> Iterator[Progress]:
         """Yield after every step; save after every epoch, now and then in between, and at the end or once `stop()`.
@@ -1123,35 +1210,45 @@ class Run:
         Raises UserError for a file that is no image, a number that is not finite, a disk that takes no checkpoint.
         """
         config, saved = self.config, time.monotonic()
-        with exclusive(Path(config.out).with_suffix(".csv")) as log:
-            Path(f"{config.out}.tmp").unlink(missing_ok=True)
-            write_rows(log, self.rows)
+        with exclusive(Path(config.out).with_suffix(".csv")) if ranks()[0] == 0 else contextlib.nullcontext() as log:
+            if log:
+                Path(f"{config.out}.tmp").unlink(missing_ok=True)
+                write_rows(log, self.rows)
             self.began = time.perf_counter() - self.seconds
             keys, again = (itertools.islice(batch_keys(len(self.data.train), config), self.step, None) for _ in "12")
             batches = self.data.train.batches(keys, self.split_two_views.two_crops)
             for images, (_, indices) in zip(batches, again):
                 progress = self.take_step(images, indices)
-                if self.step % self.per_epoch == 0:
-                    progress.row = self.end_epoch()
-                due = config.save_every_steps and self.step % config.save_every_steps == 0
-                if due or progress.row or stop() or time.monotonic() - saved > SAVE_SECONDS:
+                ended = self.step % self.per_epoch == 0
+                due = ended or config.save_every_steps and self.step % config.save_every_steps == 0
+                due = agreed(2 if stop() else int(due or time.monotonic() - saved > SAVE_SECONDS))
+                if due:
+                    self.average_statistics()
+                    progress.row = self.end_epoch() if ended else None
                     self.save(log)
                     saved = time.monotonic()
                 yield progress
-                if stop():
+                if due == 2:
                     return
+
+    def average_statistics(self) -> None:
+        """Give all processes the mean of their BatchNorm statistics, which are those of one process with W splits."""
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d) and ranks()[1] > 1:
+                for statistic in (module.running_mean, module.running_var):
+                    statistic.copy_(gathered(statistic[None]).mean(0))
 
     def take_step(self, images: Tensor, indices: Tensor) -> Progress:
         """Train on a batch. Nothing in here waits for the device."""
         generator = rng("step", self.config.seed, self.step)
         x_q, x_k = self.split_two_views(images, generator)
         with self.autocast():
-            loss = self.model(x_q, x_k, generator, indices)
+            loss = self.forward(x_q, x_k, generator, indices)
         lr = self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.per_epoch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.losses[self.step % self.per_epoch] = loss.detach()
+        self.losses[self.step % self.per_epoch] = gathered(loss.detach()[None]).mean()
         self.step += 1
         return Progress(self.step, self.config.epochs * self.per_epoch, loss.detach(), lr)
 
@@ -1231,7 +1328,8 @@ def held_signals() -> Iterator[list[int]]:
 
     def hold(number: int, _: Any) -> None:
         received.append(number)
-        restore()
+        if ranks()[1] == 1:  # torchrun repeats a signal that the terminal has sent already
+            restore()
 
     def restore() -> None:
         for number, handler in handlers.items():
@@ -1285,6 +1383,8 @@ def command_line() -> Any:
         else:
             config = Config.from_preset(**explicit)
         run = Run(config)
+        if ranks()[0]:
+            sys.stdout = open(os.devnull, "w")
         with held_signals() as received:
             show(run.train(lambda: received), config)
         if run.step < config.epochs * run.per_epoch:
@@ -1329,6 +1429,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"moco: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

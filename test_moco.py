@@ -192,7 +192,7 @@ class TestData:
             assert batch.shape == (2, len(indices), 3, 16, 16) and batch.dtype == torch.uint8
             for j, i in enumerate(indices.tolist()):
                 image = tvf.pil_to_tensor(default_loader(data.train.paths[i]))
-                boxes = moco.crop_boxes(2, *image.shape[1:], (0.08, 1), rng("crop", 3, epoch, i))
+                boxes = moco.crop_boxes(draws(rng("crop", 3, epoch, i), 2, 4, 10), *image.shape[1:], (0.08, 1))
                 for v in range(2):
                     assert torch.equal(
                         batch[v, j], tvf.resized_crop(image, *boxes[v].tolist(), [16, 16], antialias=True)
@@ -225,20 +225,23 @@ class TestData:
 class TestViews:
     @given(SEEDS, st.integers(4, 40), st.integers(4, 40), st.integers(1, 40))
     def test_a_crop_is_torchvisions_resized_crop(self, seed, height, width, size):
-        x, boxes = torch.rand(3, 3, height, width), moco.crop_boxes(3, height, width, (0.08, 1), rng(seed))
+        x, boxes = (
+            torch.rand(3, 3, height, width),
+            moco.crop_boxes(draws(rng(seed), 3, 4, 10), height, width, (0.08, 1)),
+        )
         for image, box, actual in zip(x, boxes.tolist(), moco.crop(x, boxes, size), strict=True):
             close(actual, tvf.resized_crop(image, *box, [size, size], antialias=True))
 
     @given(SEEDS, st.integers(1, 60), st.integers(1, 60))
     def test_a_crop_box_lies_within_the_image(self, seed, height, width):
-        top, left, h, w = moco.crop_boxes(50, height, width, (0.08, 1), rng(seed)).T
+        top, left, h, w = moco.crop_boxes(draws(rng(seed), 50, 4, 10), height, width, (0.08, 1)).T
         assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
         assert (top + h <= height).all() and (left + w <= width).all()
 
     @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.08, 1)), (40, 90, (0.2, 1)), (10, 100, (0.5, 1))])
     def test_crop_boxes_have_torchvisions_distribution(self, height, width, scale):
         n, image = 4000, torch.empty(3, height, width)
-        ours = moco.crop_boxes(n, height, width, scale, rng(1)).double()
+        ours = moco.crop_boxes(draws(rng(1), n, 4, 10), height, width, scale).double()
         params = T.RandomResizedCrop.make_params if hasattr(T.RandomResizedCrop, "make_params") else None
         transform = T.RandomResizedCrop(8, scale=scale)
         draw = params or T.RandomResizedCrop._get_params
@@ -1428,6 +1431,86 @@ def undisturbed(image_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints():
     return {}
+
+
+def torchrun(processes, command, place):
+    """Return the command's exit status and output under torchrun, with a thread for each process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command[1:]], cwd=place, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+METHODS = ["moco", "symmetric", "end-to-end", "memory-bank", "simclr"]
+
+
+@pytest.fixture(scope="module")
+def several(image_folder, tmp_path_factory):
+    """Train three steps of every method with 2 and 3 processes, one group each, and with 1 process, as many groups."""
+    place = tmp_path_factory.mktemp("several")
+
+    def options(method, processes, out, **more):
+        base = dict(data=str(image_folder), size=16, batch_size=6, epochs=1, lr=0.01, workers=0, moco_k=16, knn_k=3)
+        kind = dict(symmetric=True) if method == "symmetric" else dict(method=method)
+        return dict(base, **kind, width=0.125, device="cpu", precision="fp32", out=str(place / out), **more)
+
+    code = "import json, sys, moco\nfor o in json.loads(sys.argv[1]): list(moco.Run(moco.Config(**o)).train())"
+    (place / "several.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(MOCO).parent)!r})\n{code}")
+    results = {}
+    for processes in (2, 3):
+        runs = [options(method, processes, f"{processes}-{method}.pt", bn_splits=1) for method in METHODS]
+        status, _, err = torchrun(processes, ["", "several.py", json.dumps(runs)], place)
+        assert status == 0, err
+        for method, run in zip(METHODS, runs):
+            list(
+                moco.Run(
+                    Config(**options(method, processes, f"1-{processes}-{method}.pt", bn_splits=processes))
+                ).train()
+            )
+            one = moco.load_checkpoint(str(place / f"1-{processes}-{method}.pt"))
+            results[processes, method] = one, moco.load_checkpoint(run["out"]), run
+    return results
+
+
+class TestSeveralProcesses:
+    @pytest.mark.parametrize("processes", [2, 3])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_n_processes_with_plain_batch_norm_are_one_with_n_splits(self, several, processes, method):
+        one, many, _ = several[processes, method]
+        close(many["losses"], one["losses"], atol=1e-4)
+        assert many["state_dict"].keys() == one["state_dict"].keys() and many["step"] == 3
+        for name, x in one["state_dict"].items():
+            close(many["state_dict"][name], x, atol=2e-4)
+        assert many["rows"][0]["knn"] == pytest.approx(one["rows"][0]["knn"], abs=13)  # of 8 images one may tip over
+
+    def test_a_checkpoint_of_two_processes_resumes_on_one(self, several):
+        *_, options = several[2, "moco"]
+        assert [p.step for p in moco.Run(Config(**{**options, "epochs": 2, "resume": True})).train()] == [4, 5, 6]
+
+    def test_a_process_that_dies_ends_the_run_with_a_line_that_says_which(self, image_folder, tmp_path):
+        code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(MOCO).parent)!r})
+import moco
+step = moco.Run.take_step
+def die(run, *batch):
+    if run.step == 7 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return step(run, *batch)
+moco.Run.take_step = die
+moco.main()
+"""
+        (tmp_path / "mortal.py").write_text(code)
+        command = arguments(image_folder, "--out", "c.pt", "--bn-splits", "1", "--epochs", "3")
+        status, out, err = torchrun(2, ["", "mortal.py", *command[2:]], tmp_path)
+        assert out.count("epoch 1/3") == 1  # rank 0 alone prints
+        assert status != 0 and re.search(r"rank *: 1 ", err) and "SIGKILL" in err
+        assert moco.load_checkpoint(str(tmp_path / "c.pt"))["step"] == 5
+
+    def test_a_batch_that_the_processes_cannot_share_is_refused(self, image_folder, tmp_path):
+        command = arguments(image_folder, "--bn-splits", "1", "--batch-size", "5")
+        status, _, err = torchrun(2, command, tmp_path)
+        assert status != 0 and "--batch-size 5: must be a multiple of 2 processes" in err
 
 
 class TestCommandLine:
