@@ -39,6 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -230,7 +231,7 @@ class InMemory:
 class Folder(Dataset):
     """Hold a split's M paths, which worker processes decode, and labels (M,) int64 if there are any."""
 
-    paths: list[str]
+    paths: np.ndarray  # of bytes: to look one up in a worker writes to no page, so that forked memory stays shared
     labels: Tensor | None
     workers: int
     device: torch.device
@@ -264,20 +265,21 @@ def leave_signals(_: int) -> None:
 class Decoder(Dataset):
     """Decode and cut the images of a key (epoch, indices), in a worker."""
 
-    paths: list[str]
+    paths: np.ndarray
     cut: Callable
 
     def __getitem__(self, key: tuple[int, Tensor]) -> Tensor | UserError:
         epoch, indices = key
         cuts = []
         for i in indices.tolist():
+            path = os.fsdecode(self.paths[i])
             try:
-                image = tvf.pil_to_tensor(default_loader(self.paths[i]))
+                image = tvf.pil_to_tensor(default_loader(path))
             except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
-                return UserError(f"{self.paths[i]}: no image that can be decoded; mend or remove it")
+                return UserError(f"{path}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
         if any(cut.shape != cuts[0].shape for cut in cuts):
-            return UserError(f"--cache: {self.paths[indices[0]]} and others differ in size; stream them without it")
+            return UserError("--cache: the images differ in size; stream them without it")
         return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
 
 
@@ -321,7 +323,7 @@ def scan(config: Config, device: torch.device) -> Data:
         raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
     test = next((path for name in ("val", "test") if os.path.isdir(path := os.path.join(root, name))), None)
     classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir()) if os.path.isdir(train) else []
-    labelled = bool(classes and test)
+    labelled, numbers = bool(classes and test), {name: i for i, name in enumerate(classes)}
     folders = []
     for top in (train, test) if labelled else (root,):
         walk = os.walk(top, followlinks=True)
@@ -331,8 +333,8 @@ def scan(config: Config, device: torch.device) -> Data:
         names = [os.path.relpath(path, top).split(os.sep)[0] for path in paths]
         if labelled and (strays := set(names) - set(classes)):
             raise UserError(f"--data {root}: {os.path.join(top, min(strays))} belongs to no class folder of {train}")
-        labels = torch.tensor([classes.index(name) for name in names]) if labelled else None
-        folder = Folder(paths, labels, config.workers, device)
+        labels = torch.tensor([numbers[name] for name in names]) if labelled else None
+        folder = Folder(np.array([os.fsencode(path) for path in paths]), labels, config.workers, device)
         folders.append(in_memory(folder) if config.cache else folder)
     return Data(folders[0], folders[1] if labelled else None, len(classes))
 
@@ -374,19 +376,19 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
     for label in range(10):
         count = len(images[label::10])
 
-        def uniform(low: float, high: float, *shape: int, count: int = count) -> Tensor:
+        def between(low: float, high: float, *shape: int, count: int = count) -> Tensor:
             return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-        angle, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.7, 0.95, 1, 1)
-        y, x = axis[:, None] - uniform(-0.25, 0.25, 1, 1), axis - uniform(-0.25, 0.25, 1, 1)
+        angle, radius = between(0, 2 * math.pi, 1, 1), between(0.7, 0.95, 1, 1)
+        y, x = axis[:, None] - between(-0.25, 0.25, 1, 1), axis - between(-0.25, 0.25, 1, 1)
         u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         inside = (0.5 - 16 * radius * FORMS[label // 5]((u / radius).abs(), (v / radius).abs())).clamp(0, 1)
-        phase = uniform(0, 2 * math.pi, 2, 1, 1)
+        phase = between(0, 2 * math.pi, 2, 1, 1)
         waves, texture = TEXTURES[label % 5]
-        waves = 2 * math.pi * waves * uniform(0.9, 1.1, 1, 1)
+        waves = 2 * math.pi * waves * between(0.9, 1.1, 1, 1)
         ink = (0.5 + 2 * texture(waves * u + phase[:, 0], waves * v + phase[:, 1])).clamp(0, 1)
-        light = uniform(0, 1, 1, 1, 1)
-        ground, paper, pen = ((light + i / 3) % 1 + uniform(-0.06, 0.06, 3, 1, 1) for i in range(3))
+        light = between(0, 1, 1, 1, 1)
+        ground, paper, pen = ((light + i / 3) % 1 + between(-0.02, 0.02, 3, 1, 1) for i in range(3))
         image = torch.lerp(ground, torch.lerp(paper, pen, ink[:, None]), inside[:, None])
         image = image + 0.02 * torch.randn(count, 3, 32, 32, generator=generator)
         images[label::10] = (image.clamp(0, 1) * 255).byte()
