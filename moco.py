@@ -278,8 +278,6 @@ class Decoder(Dataset):
             except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
                 return UserError(f"{path}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
-        if any(cut.shape != cuts[0].shape for cut in cuts):
-            return UserError("--cache: the images differ in size; stream them without it")
         return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
 
 
@@ -345,12 +343,13 @@ def whole(image: Tensor, epoch: int, index: int) -> Tensor:
 
 
 def in_memory(folder: Folder) -> InMemory:
-    """Decode a folder's images, which must be of one size. Raises UserError."""
+    """Decode a folder's images. Raises UserError if they differ in size."""
     keys = ((0, indices) for indices in torch.arange(len(folder)).split(512))
-    images = list(folder.batches(keys, whole))
-    if any(batch.shape[1:] != images[0].shape[1:] for batch in images):
-        raise UserError("--cache: the images differ in size; stream them without it")
-    return InMemory(torch.cat(images), folder.labels if folder.labels is None else folder.labels.to(folder.device))
+    try:
+        images = torch.cat(list(folder.batches(keys, whole)))
+    except RuntimeError as error:  # they cannot be stacked
+        raise UserError("--cache: the images differ in size; stream them without it") from error
+    return InMemory(images, folder.labels if folder.labels is None else folder.labels.to(folder.device))
 
 
 FORMS: tuple[Callable, ...] = (  # of |u| and |v|, below 0 inside: disk, cross
