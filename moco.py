@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "v1": V1,
     "v2": V1 | dict(mlp=True, moco_t=0.2, aug="v2", cos=True),
     "tiny": dict(
-        data="shapes", width=0.25, bn_splits=2, moco_k=256, aug="v1", epochs=10, batch_size=64, knn_every=5, knn_k=20
+        data="shapes", width=0.25, bn_splits=2, moco_k=256, aug="v1", epochs=9, batch_size=64, knn_every=5, knn_k=20
     ),
 }
 
