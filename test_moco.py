@@ -350,6 +350,13 @@ class TestViews:
         assert views.shape == (12, 3, 24, 24) and views.dtype == torch.float32 and views.device.type == device
         assert (torch.cdist(views.flatten(1), views.flatten(1)) + 99 * torch.eye(12, device=device) > 0.1).all()
 
+    @pytest.mark.parametrize("steps", [(), (("jitter", 1, 0.4, 0.4, 0.4, 0.1),), (("blur", 1, 0.1, 2.0),)])
+    def test_crop_jitter_and_blur_draw_for_every_image_apart(self, monkeypatch, steps):
+        monkeypatch.setitem(moco.RECIPES, "one", moco.Recipe((0.08, 1), steps))
+        augment, one = Augment("one", 24), images_of(1, 24, 24).expand(6, -1, -1, -1)
+        views = augment.finish(one / 255, rng(0)) if steps else augment(one, rng(0))
+        assert len(views.flatten(1).unique(dim=0)) == 6
+
     @given(SEEDS)
     def test_views_are_a_function_of_images_and_seed(self, seed):
         for images in (images_of(3), torch.stack([images_of(3), images_of(3, seed=1)])):
