@@ -1022,6 +1022,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+OWN_BUFFERS = next(  # what DistributedDataParallel calls, in this torch or before 2.15, copying rank 0's at each step
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
 def build_model(config: Config, images: int) -> nn.Module:
     """Make the model that a configuration describes for so many images, always the same for a seed."""
     with torch.random.fork_rng(devices=[]):
@@ -1165,7 +1172,7 @@ class Run:
         self.step, self.seconds, self.rows = 0, 0.0, []
         if config.resume:
             self.restore(load_run(config.out))
-        self.forward = DistributedDataParallel(self.model, broadcast_buffers=False) if ranks()[1] > 1 else self.model
+        self.forward = self.model if ranks()[1] == 1 else DistributedDataParallel(self.model, **{OWN_BUFFERS: False})
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Go back to where a checkpoint was saved."""
