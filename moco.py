@@ -74,13 +74,14 @@ class Config:
     workers: Annotated[int, "processes that read a folder's images", NATURAL] = 2
     cache: Annotated[bool, "decode a folder's images, all of one size, once, into memory"] = False
     method: Annotated[Literal["moco", "end-to-end", "memory-bank", "simclr"], "mechanism of contrast"] = "moco"
-    arch: Annotated[Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x8d"], "backbone"] = (
-        "resnet18"
-    )
+    arch: Annotated[
+        Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x8d"], "backbone"
+    ] = "resnet18"
     stem: Annotated[Literal["cifar", "imagenet"], "first layers: 3x3, or 7x7 with stride 2 and max-pool"] = "cifar"
     width: Annotated[float, "factor on all channels", (lambda w: 1 / 8 <= w < 99, "must be at least 1/8")] = 1.0
     bn_splits: Annotated[int, "groups of the batch that BatchNorm normalises apart", COUNT] = 8
     mlp: Annotated[bool, "2-layer head (v2), else a linear one (v1)"] = True
+    mlp_bn: Annotated[bool, "BatchNorm between that head's layers, as in SimCLR and MoCo v3"] = False
     moco_dim: Annotated[int, "C, dimension of the embedding", COUNT] = 128
     moco_k: Annotated[int, "K, keys in the queue", COUNT] = 4096
     moco_m: Annotated[float, "m, momentum of the key encoder", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.99
@@ -92,6 +93,7 @@ class Config:
     batch_size: Annotated[int, "images a step", COUNT] = 512
     lr: Annotated[float, "peak learning rate of SGD", POSITIVE] = 0.06
     wd: Annotated[float, "weight decay", NATURAL] = 5e-4
+    warmup_epochs: Annotated[float, "epochs in which the learning rate rises linearly from 0", NATURAL] = 0.0
     cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
     schedule: Annotated[tuple[int, ...], "with --no-cos, the epochs that multiply the learning rate by 0.1"] = (
         120,
@@ -609,12 +611,16 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """Normalise each of `num_splits` contiguous groups of the batch by its own statistics, as so many ranks would.
 
     The running statistics move once a forward pass, by the mean of the groups' statistics. In eval mode it is
-    BatchNorm2d, whose options and names it has. Raises ValueError if a training batch cannot be cut evenly.
+    BatchNorm2d, whose options and names it has, and takes features (N,C) beside maps (N,C,H,W).
+    Raises ValueError if a training batch cannot be cut evenly.
     """
 
     def __init__(self, num_features: int, num_splits: int = 8, **batchnorm_options: Any) -> None:
         super().__init__(num_features, **batchnorm_options)
         self.num_splits = num_splits
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        super()._check_input_dim(x if x.dim() != 2 else x[:, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -637,6 +643,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 ARCHS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1), {}),
     "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
     "resnet34": (BasicBlock, (3, 4, 6, 3), {}),
     "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
@@ -648,12 +655,13 @@ ARCHS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, int]]] = {
 class ResNetEncoder(nn.Module):
     """Embed images with a ResNet, 1512.03385, made of torchvision's blocks under its names, and a head `fc`.
 
-    stem: "cifar" (3×3, for small images) or "imagenet"; width: factor on all channels; mlp: MoCo v2's 2-layer head.
+    stem: "cifar" (3×3, for small images) or "imagenet"; width: factor on all channels; mlp: MoCo v2's 2-layer head,
+    mlp_bn: with BatchNorm between its layers.
     """
 
     def __init__(
         self, arch: str = "resnet18", dim: int = 128, mlp: bool = True, bn_splits: int = 8, stem: str = "cifar",
-        width: float = 1.0,
+        width: float = 1.0, mlp_bn: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         block, depths, options = ARCHS[arch]
@@ -676,7 +684,8 @@ class ResNetEncoder(nn.Module):
         self.feature_dim = channels
         self.fc: nn.Module = nn.Linear(channels, dim)
         if mlp:
-            self.fc = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), self.fc)
+            between = [norm(channels), nn.ReLU()] if mlp_bn else [nn.ReLU()]
+            self.fc = nn.Sequential(nn.Linear(channels, channels), *between, self.fc)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -979,9 +988,10 @@ def load_encoder(checkpoint: dict[str, Any], path: str) -> ResNetEncoder:
     weights = {k.removeprefix(prefix): x for k, x in checkpoint["state_dict"].items() if k.startswith(prefix)}
     try:
         channels, _, kernel, _ = weights["conv1.weight"].shape
-        head = [weights[name] for name in ("fc.weight", "fc.0.weight", "fc.2.weight") if name in weights]
-        mlp, stem, width = len(head) > 1, "cifar" if kernel == 3 else "imagenet", channels / 64
-        encoder = ResNetEncoder(checkpoint["arch"], len(head[-1]), mlp, bn_splits=1, stem=stem, width=width)
+        head = [x for name, x in weights.items() if name.startswith("fc.")]
+        mlp, mlp_bn = "fc.0.weight" in weights, "fc.1.weight" in weights
+        stem, width = "cifar" if kernel == 3 else "imagenet", channels / 64
+        encoder = ResNetEncoder(checkpoint["arch"], len(head[-1]), mlp, 1, stem, width, mlp_bn)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: {prefix}* is no encoder among {', '.join(ARCHS)}") from error
     load_weights(encoder, weights, path)
@@ -1034,7 +1044,8 @@ def build_model(config: Config, images: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dim, K, T = config.moco_dim, config.moco_k, config.moco_t
-        encoder = ResNetEncoder(config.arch, dim, config.mlp, config.bn_splits, config.stem, config.width)
+        shape = config.bn_splits, config.stem, config.width, config.mlp_bn
+        encoder = ResNetEncoder(config.arch, dim, config.mlp, *shape)
         if config.method == "moco":
             return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
         if config.method == "memory-bank":
@@ -1043,9 +1054,15 @@ def build_model(config: Config, images: int) -> nn.Module:
 
 
 def learning_rate(config: Config, epoch: float) -> float:
-    """Return the learning rate after `epoch` epochs, fractions included: cosine, or x0.1 at each of --schedule."""
+    """Return the learning rate after `epoch` epochs, fractions included: cosine, or x0.1 at each of --schedule.
+
+    It rises linearly in the first --warmup-epochs; the cosine spans the rest.
+    """
+    warmup = config.warmup_epochs
+    if epoch < warmup:
+        return config.lr * epoch / warmup
     if config.cos:
-        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
 
 
@@ -1092,7 +1109,7 @@ def load_run(path: str) -> dict[str, Any]:
 def check_resume(config: Config, checkpoint: dict[str, Any], images: int) -> None:
     """Raise UserError if a run cannot go on from a checkpoint under these options and with so many images."""
     for name, value in dataclasses.asdict(config).items():
-        old = checkpoint["config"].get(name)
+        old = checkpoint["config"].get(name, getattr(Config, name))
         if value != old and name not in RESUMABLE or name == "epochs" and value < old:
             raise UserError(f"{flag(name)} {value}: --resume goes on with the {old} of {config.out}")
     if images != checkpoint["images"]:

@@ -453,6 +453,13 @@ class TestEncoder:
             SplitBatchNorm(3, 2)(torch.randn(7, 3, 2, 2))
         assert SplitBatchNorm(3, 2).eval()(torch.randn(7, 3, 2, 2)).shape == (7, 3, 2, 2)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_features_are_normalised_as_maps_of_one_pixel_and_other_shapes_refused(self, training):
+        x, norm = torch.randn(6, 3), SplitBatchNorm(3, 2).train(training)
+        assert torch.equal(norm(x), norm(x[:, :, None, None])[:, :, 0, 0])
+        with pytest.raises(ValueError, match="4D"):
+            norm(x[:, :, None])
+
     def test_split_batch_norm_keeps_channels_last(self):
         x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
         assert SplitBatchNorm(3, 2)(x).is_contiguous(memory_format=torch.channels_last)
@@ -471,6 +478,7 @@ class TestEncoder:
     @pytest.mark.parametrize(
         "arch, width, millions",
         [
+            ("resnet10", 1, 4.9),
             ("resnet18", 1, 11.2),
             ("resnet101", 1, 42.5),
             ("resnet50", 1, 23.5),
@@ -493,6 +501,12 @@ class TestEncoder:
         encoder = ResNetEncoder("resnet18", dim=9, mlp=mlp, width=0.125)
         assert [name for name in encoder.state_dict() if name.startswith("fc.")] == names
         assert encoder.state_dict()[names[-2]].shape == (9, encoder.feature_dim)
+
+    def test_mlp_bn_puts_a_split_batch_norm_before_the_heads_relu(self):
+        linear, norm, relu, last = ResNetEncoder(dim=9, width=0.125, bn_splits=3, mlp_bn=True).fc
+        assert (norm.num_features, norm.num_splits) == (linear.out_features, 3) and isinstance(norm, SplitBatchNorm)
+        assert isinstance(relu, nn.ReLU) and (last.in_features, last.out_features) == (linear.out_features, 9)
+        assert isinstance(ResNetEncoder(mlp=False, mlp_bn=True, width=0.125).fc, nn.Linear)
 
     @pytest.mark.parametrize("stem, size", [("cifar", 4), ("imagenet", 1)])
     def test_features_are_pooled_from_a_map_an_eighth_or_a_thirty_second_as_wide(self, stem, size):
@@ -1109,6 +1123,12 @@ class TestTraining:
     def test_the_cosine_falls_from_the_peak_to_zero(self):
         rate = partial(moco.learning_rate, Config(lr=0.4, epochs=8))
         close(torch.tensor([rate(e) for e in (0, 2, 4, 8)]), torch.tensor([0.4, 0.2 + 0.1 * math.sqrt(2), 0.2, 0.0]))
+
+    def test_the_warm_up_rises_linearly_from_zero_to_the_peak_and_the_cosine_spans_the_rest(self):
+        rate = partial(moco.learning_rate, Config(lr=0.4, epochs=10, warmup_epochs=2))
+        close(torch.tensor([rate(e) for e in (0, 0.5, 2, 6, 10)]), torch.tensor([0, 0.1, 0.4, 0.2, 0]))
+        stepped = partial(moco.learning_rate, Config(lr=0.4, warmup_epochs=2, cos=False, schedule=(5,)))
+        close(torch.tensor([stepped(e) for e in (1, 2, 4, 5)]), torch.tensor([0.2, 0.4, 0.4, 0.04]))
 
     def test_the_steps_fall_tenfold_at_the_epochs_of_the_schedule(self):
         rate = partial(moco.learning_rate, Config.from_preset("v1", lr=1))
