@@ -87,8 +87,13 @@ class Config:
     moco_m: Annotated[float, "m, momentum of the key encoder", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.99
     moco_t: Annotated[float, "T, temperature of the loss", POSITIVE] = 0.1
     symmetric: Annotated[bool, "query with both views and add the two losses"] = False
+    batch_negatives: Annotated[bool, "contrast with the batch's other keys too, not the queue alone"] = False
     bank_m: Annotated[float, "momentum of the memory bank's slots", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.5
     aug: Annotated[Literal["cifar", "v1", "v2"], "recipe of the views"] = "cifar"
+    min_crop: Annotated[
+        float, "smallest crop, as a part of the image; 0: the recipe's", (lambda a: 0 <= a <= 1, "must lie in [0, 1]")
+    ] = 0.0
+    weak_key: Annotated[bool, "only crop and flip the key's view"] = False
     epochs: Annotated[int, "passes over the images", COUNT] = 100
     batch_size: Annotated[int, "images a step", COUNT] = 512
     lr: Annotated[float, "peak learning rate of SGD", POSITIVE] = 0.06
@@ -117,8 +122,9 @@ class Config:
         return cls(**{**PRESETS.get(preset, {}), "preset": preset, **explicit})
 
     def __post_init__(self) -> None:
-        if self.symmetric and self.method != "moco":
-            raise UserError(f"--symmetric: --method {self.method} has no such form")
+        for name in ("symmetric", "batch_negatives"):
+            if getattr(self, name) and self.method != "moco":
+                raise UserError(f"{flag(name)}: --method {self.method} has no such form")
         for name, hint in get_type_hints(Config, include_extras=True).items():
             value, (kind, _, *rules) = getattr(self, name), get_args(hint)
             if get_origin(kind) is Literal:
@@ -541,12 +547,15 @@ RECIPES = {
 class Augment(nn.Module):
     """Turn images into random views by a recipe, on the images' device, with an independent draw for every image.
 
-    The draws come from a CPU generator, so that a seed gives the same views on every device.
+    The draws come from a CPU generator, so that a seed gives the same views on every device. `min_crop` above 0 takes
+    the place of the recipe's smallest crop; `weak` views are cropped and flipped alone.
     """
 
-    def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
+    def __init__(self, recipe: str = "cifar", size: int = 32, min_crop: float = 0.0, weak: bool = False) -> None:
         super().__init__()
-        self.recipe, self.size = RECIPES[recipe], size
+        given = RECIPES[recipe]
+        scale, steps = (min_crop or given.scale[0], given.scale[1]), (FLIP,) if weak else given.steps
+        self.recipe, self.size = dataclasses.replace(given, scale=scale, steps=steps), size
         self.register_buffer("mean", torch.tensor(self.recipe.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(self.recipe.std)[:, None, None], persistent=False)
 
@@ -583,17 +592,19 @@ class Augment(nn.Module):
 
 @dataclass
 class SplitTwoViews:
-    """Make two views of every image, each with draws of its own."""
+    """Make two views of every image, each with draws of its own; `augment_k` makes the key's, if not `augment`."""
 
     augment: Augment
     seed: int = 0
+    augment_k: Augment | None = None
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return x_q, x_k (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
+        augments = self.augment, self.augment_k or self.augment
         if images.dim() == 5:
-            x_q, x_k = (self.augment.finish(crops / 255, generator) for crops in images)
+            x_q, x_k = (augment.finish(crops / 255, generator) for augment, crops in zip(augments, images))
         else:
-            x_q, x_k = (self.augment(images, generator) for _ in range(2))
+            x_q, x_k = (augment(images, generator) for augment in augments)
         return x_q, x_k
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
@@ -743,10 +754,10 @@ class MoCo(nn.Module):
 
     def __init__(
         self, encoder: nn.Module, dim: int = 128, K: int = 4096, m: float = 0.99, T: float = 0.1,
-        symmetric: bool = False,
+        symmetric: bool = False, batch_negatives: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.K, self.m, self.T, self.symmetric = K, m, T, symmetric
+        self.K, self.m, self.T, self.symmetric, self.batch_negatives = K, m, T, symmetric, batch_negatives
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
@@ -773,13 +784,18 @@ class MoCo(nn.Module):
         The mechanisms below are called alike; `indices` (N,), the images' places in the data, serve MemoryBank alone.
         """
         self.momentum_update()
-        negatives = self.queue.clone()  # backward needs them as they were
+        queue = self.queue.clone()  # backward needs it as it was
         losses, keys = [], []
         for x_q, x_k in [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]:
             q = embed(self.encoder_q, x_q)
             with torch.no_grad():
                 keys.append(shuffled_keys(self.encoder_k, x_k, generator))
-            losses.append(info_nce(q, share(keys[-1]), negatives, self.T))
+            negatives, excluded = queue, None
+            if self.batch_negatives:
+                negatives = torch.cat([queue, keys[-1].T.to(queue)], 1)
+                own = torch.eye(len(keys[-1]), dtype=torch.bool, device=q.device)
+                excluded = F.pad(share(own), (self.K, 0))
+            losses.append(info_nce(q, share(keys[-1]), negatives, self.T, excluded))
         self.dequeue_and_enqueue(torch.cat(keys))
         return torch.stack(losses).sum()
 
@@ -1047,7 +1063,7 @@ def build_model(config: Config, images: int) -> nn.Module:
         shape = config.bn_splits, config.stem, config.width, config.mlp_bn
         encoder = ResNetEncoder(config.arch, dim, config.mlp, *shape)
         if config.method == "moco":
-            return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
+            return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric, config.batch_negatives)
         if config.method == "memory-bank":
             return MemoryBank(encoder, images, dim, K, config.bank_m, T)
         return EndToEnd(encoder, T) if config.method == "end-to-end" else SimCLR(encoder, T)
@@ -1183,7 +1199,8 @@ class Run:
             encoder.compile()
         parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
-        self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
+        augments = (Augment(config.aug, config.size, config.min_crop, weak) for weak in (False, config.weak_key))
+        self.split_two_views = SplitTwoViews(next(augments), config.seed, next(augments))
         self.per_epoch = len(self.data.train) // config.batch_size
         self.losses = torch.zeros(self.per_epoch, device=self.device)
         self.step, self.seconds, self.rows = 0, 0.0, []

@@ -342,6 +342,19 @@ class TestViews:
         assert moco.RECIPES[aug].scale == scale
         assert [" ".join(map(str, step)) for step in moco.RECIPES[aug].steps] == steps.split(", ")
 
+    def test_min_crop_takes_the_place_of_the_recipes_smallest_crop(self):
+        assert Augment("v2").recipe == moco.RECIPES["v2"]
+        assert Augment("v2", min_crop=0.6).recipe == dataclasses.replace(moco.RECIPES["v2"], scale=(0.6, 1))
+
+    @given(SEEDS)
+    def test_a_weak_view_is_cropped_and_flipped_alone(self, seed):
+        g, images = rng(seed), images_of(5, seed=seed)
+        augment = Augment("v2", 24, min_crop=0.3, weak=True)
+        crops = moco.crop(images / 255, moco.crop_boxes(draws(g, 5, 4, 10), 32, 32, (0.3, 1)), 24)
+        flips = draws(g, 5) < 0.5
+        expected = torch.stack([tvf.horizontal_flip(x) if flip else x for x, flip in zip(crops, flips, strict=True)])
+        close(augment(images, rng(seed)), augment.normalise(expected))
+
     @pytest.mark.parametrize("aug", moco.RECIPES)
     def test_every_image_and_both_views_get_draws_of_their_own(self, aug, device):
         one = images_of(1).expand(6, -1, -1, -1).to(device)
@@ -369,6 +382,14 @@ class TestViews:
         augment.finish = lambda x, generator: x
         x_q, x_k = SplitTwoViews(augment)(pair, rng(0))
         assert (x_q == 0).all() and (x_k == 1).all()
+
+    def test_the_key_may_have_an_augmentation_of_its_own(self):
+        for images in (images_of(3), torch.stack([images_of(3), images_of(3, seed=1)])):
+            augments = [Augment(size=32) for _ in range(2)]
+            for value, augment in enumerate(augments):
+                augment.finish = lambda x, generator, value=value: x * 0 + value
+            x_q, x_k = SplitTwoViews(augments[0], 0, augments[1])(images, rng(0))
+            assert (x_q == 0).all() and (x_k == 1).all()
 
     def test_views_are_normalised_by_the_recipes_mean_and_deviation(self):
         x = torch.rand(2, 3, 4, 4)
@@ -657,6 +678,19 @@ class TestMoCo:
         close(model.queue[:, (torch.arange(len(new)) % 6)[-6:]], new[-6:].T, atol=1e-6)
         assert int(model.queue_ptr) == len(new) % 6
 
+    @given(SEEDS, st.integers(1, 9), st.booleans())
+    def test_with_batch_negatives_the_batchs_other_keys_join_the_queues(self, seed, n, symmetric):
+        model = linear_moco(seed, symmetric=symmetric, batch_negatives=True).double()
+        im_q, im_k = torch.randn(2, n, 5, dtype=torch.float64)
+        queue, expected = model.queue.T.clone(), 0
+        for a, b in [(im_q, im_k), (im_k, im_q)][: 2 if symmetric else 1]:
+            q, k = F.normalize(model.encoder_q(a), dim=1), F.normalize(model.encoder_k(b), dim=1).detach()
+            expected += oracle_nce(q, torch.cat([k, queue]), range(n), [()] * n, model.T)
+        actual = model(im_q, im_k)
+        gradients = [torch.autograd.grad(x, model.encoder_q.weight)[0] for x in (actual, expected)]
+        close(actual, expected, atol=1e-9)
+        close(*gradients, atol=1e-8)
+
     def test_gradients_reach_the_query_encoder_alone(self):
         model = linear_moco()
         model(torch.randn(3, 5), im_k := torch.randn(3, 5, requires_grad=True)).backward()
@@ -690,7 +724,12 @@ class TestMoCo:
 
     @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
     @pytest.mark.parametrize(
-        "options", [{}, {"symmetric": True}, *({"method": name} for name in ("end-to-end", "memory-bank", "simclr"))]
+        "options",
+        [
+            {},
+            {"symmetric": True, "batch_negatives": True},
+            *({"method": name} for name in ("end-to-end", "memory-bank", "simclr")),
+        ],
     )
     def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, options):
         model, augment = moco.build_model(tiny_config(**options), 8), Augment()
@@ -820,9 +859,10 @@ class TestMechanisms:
         assert names == {"encoder_q"} | extra.get(method, set())
         assert run("knn", "ckpt.pt")[0] == 0
 
-    def test_the_symmetric_loss_is_mocos_alone(self):
-        with pytest.raises(UserError, match="^--symmetric: --method simclr"):
-            Config(method="simclr", symmetric=True)
+    @pytest.mark.parametrize("name", ["symmetric", "batch_negatives"])
+    def test_the_symmetric_loss_and_batch_negatives_are_mocos_alone(self, name):
+        with pytest.raises(UserError, match=f"^{moco.flag(name)}: --method simclr"):
+            Config(method="simclr", **{name: True})
 
 
 class TestEvaluation:
@@ -1203,11 +1243,23 @@ class TestTraining:
             dict(precision="bf16"),
             dict(aug="v2", size=24),
             dict(stem="imagenet"),
+            dict(arch="resnet10", mlp_bn=True, batch_negatives=True, warmup_epochs=0.5, min_crop=0.2, weak_key=True),
         ],
     )
     def test_every_option_trains(self, few, tmp_path, options):
         *_, last = training(tmp_path, epochs=1, **options)
         assert math.isfinite(last.row["loss"])
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            dict(mlp_bn=True), dict(symmetric=True), dict(batch_negatives=True), dict(min_crop=0.9),
+            dict(weak_key=True), dict(moco_t=0.3), dict(arch="resnet10"), dict(seed=1), dict(aug="v1"),
+        ],
+    )  # fmt: skip
+    def test_an_option_of_the_model_and_its_views_changes_the_first_loss(self, few, tmp_path, option):
+        first, other = (next(training(tmp_path, **options, overwrite=True)).loss for options in ({}, option))
+        assert abs(first - other) > 1e-4
 
     @pytest.mark.parametrize("preset", ["v1", "v2"])
     def test_the_papers_presets_train_on_large_jpegs(self, tmp_path, preset):
