@@ -67,7 +67,7 @@ POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0")
 class Config:
     """Hold the options of a run: type, help text, rule and default. Raises UserError for what cannot work."""
 
-    preset: Annotated[Literal["cifar10", "v1", "v2", "tiny"], "defaults to start from"] = "cifar10"
+    preset: Annotated[Literal["cifar10", "v1", "v2", "tiny", "cpu"], "defaults to start from"] = "cifar10"
     data: Annotated[str, "cifar10, cifar100, shapes (built in) or a folder of images"] = "cifar10"
     root: Annotated[str, "folder to keep cifar10 and cifar100 in"] = "data"
     size: Annotated[int, "side of a view in pixels", COUNT] = 32
@@ -81,6 +81,7 @@ class Config:
     width: Annotated[float, "factor on all channels", (lambda w: 1 / 8 <= w < 99, "must be at least 1/8")] = 1.0
     bn_splits: Annotated[int, "groups of the batch that BatchNorm normalises apart", COUNT] = 8
     mlp: Annotated[bool, "2-layer head (v2), else a linear one (v1)"] = True
+    mlp_dim: Annotated[int, "hidden units of that head; 0: as many as features", NATURAL] = 0
     mlp_bn: Annotated[bool, "BatchNorm between that head's layers, as in SimCLR and MoCo v3"] = False
     moco_dim: Annotated[int, "C, dimension of the embedding", COUNT] = 128
     moco_k: Annotated[int, "K, keys in the queue", COUNT] = 4096
@@ -149,7 +150,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         data="shapes", width=0.25, bn_splits=2, moco_k=256, aug="v1", epochs=9, batch_size=64, knn_every=5, knn_k=20
     ),
-}
+    "cpu": dict(
+        cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True, moco_k=256,
+        batch_negatives=True, min_crop=0.2, weak_key=True, epochs=36, batch_size=128, warmup_epochs=2.0, knn_every=0,
+    ),
+}  # fmt: skip
 
 
 SAVE_SECONDS = 300.0
@@ -667,12 +672,12 @@ class ResNetEncoder(nn.Module):
     """Embed images with a ResNet, 1512.03385, made of torchvision's blocks under its names, and a head `fc`.
 
     stem: "cifar" (3×3, for small images) or "imagenet"; width: factor on all channels; mlp: MoCo v2's 2-layer head,
-    mlp_bn: with BatchNorm between its layers.
+    mlp_dim: of so many hidden units, if not of as many as features, mlp_bn: with BatchNorm between its layers.
     """
 
     def __init__(
         self, arch: str = "resnet18", dim: int = 128, mlp: bool = True, bn_splits: int = 8, stem: str = "cifar",
-        width: float = 1.0, mlp_bn: bool = False,
+        width: float = 1.0, mlp_dim: int = 0, mlp_bn: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         block, depths, options = ARCHS[arch]
@@ -695,8 +700,9 @@ class ResNetEncoder(nn.Module):
         self.feature_dim = channels
         self.fc: nn.Module = nn.Linear(channels, dim)
         if mlp:
-            between = [norm(channels), nn.ReLU()] if mlp_bn else [nn.ReLU()]
-            self.fc = nn.Sequential(nn.Linear(channels, channels), *between, self.fc)
+            hidden = mlp_dim or channels
+            between = [norm(hidden), nn.ReLU()] if mlp_bn else [nn.ReLU()]
+            self.fc = nn.Sequential(nn.Linear(channels, hidden), *between, nn.Linear(hidden, dim))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1005,9 +1011,9 @@ def load_encoder(checkpoint: dict[str, Any], path: str) -> ResNetEncoder:
     try:
         channels, _, kernel, _ = weights["conv1.weight"].shape
         head = [x for name, x in weights.items() if name.startswith("fc.")]
-        mlp, mlp_bn = "fc.0.weight" in weights, "fc.1.weight" in weights
+        mlp, mlp_dim, mlp_bn = "fc.0.weight" in weights, len(head[0]), "fc.1.weight" in weights
         stem, width = "cifar" if kernel == 3 else "imagenet", channels / 64
-        encoder = ResNetEncoder(checkpoint["arch"], len(head[-1]), mlp, 1, stem, width, mlp_bn)
+        encoder = ResNetEncoder(checkpoint["arch"], len(head[-1]), mlp, 1, stem, width, mlp_dim, mlp_bn)
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: {prefix}* is no encoder among {', '.join(ARCHS)}") from error
     load_weights(encoder, weights, path)
@@ -1060,7 +1066,7 @@ def build_model(config: Config, images: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         dim, K, T = config.moco_dim, config.moco_k, config.moco_t
-        shape = config.bn_splits, config.stem, config.width, config.mlp_bn
+        shape = config.bn_splits, config.stem, config.width, config.mlp_dim, config.mlp_bn
         encoder = ResNetEncoder(config.arch, dim, config.mlp, *shape)
         if config.method == "moco":
             return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric, config.batch_negatives)

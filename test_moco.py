@@ -524,9 +524,10 @@ class TestEncoder:
         assert encoder.state_dict()[names[-2]].shape == (9, encoder.feature_dim)
 
     def test_mlp_bn_puts_a_split_batch_norm_before_the_heads_relu(self):
-        linear, norm, relu, last = ResNetEncoder(dim=9, width=0.125, bn_splits=3, mlp_bn=True).fc
-        assert (norm.num_features, norm.num_splits) == (linear.out_features, 3) and isinstance(norm, SplitBatchNorm)
-        assert isinstance(relu, nn.ReLU) and (last.in_features, last.out_features) == (linear.out_features, 9)
+        linear, norm, relu, last = ResNetEncoder(dim=9, width=0.125, bn_splits=3, mlp_dim=7, mlp_bn=True).fc
+        assert (linear.in_features, linear.out_features, last.in_features, last.out_features) == (64, 7, 7, 9)
+        assert isinstance(norm, SplitBatchNorm) and (norm.num_features, norm.num_splits) == (7, 3)
+        assert isinstance(relu, nn.ReLU) and ResNetEncoder(width=0.125).fc[0].out_features == 64
         assert isinstance(ResNetEncoder(mlp=False, mlp_bn=True, width=0.125).fc, nn.Linear)
 
     @pytest.mark.parametrize("stem, size", [("cifar", 4), ("imagenet", 1)])
