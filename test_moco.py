@@ -1131,6 +1131,17 @@ class TestCheckpoints:
         x = torch.randn(2, 3, 64, 64)
         torch.testing.assert_close(encoder(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize(
+        "shape", [dict(mlp=False), dict(mlp_bn=True), dict(mlp_dim=24), dict(mlp_dim=24, mlp_bn=True, arch="resnet10")]
+    )
+    def test_an_encoder_of_any_head_is_rebuilt_from_its_weights_alone(self, shape):
+        config = tiny_config(stem="imagenet", width=0.25, **shape)
+        model = moco.build_model(config, 8)
+        names = {f"module.{name}": x for name, x in model.state_dict().items()}
+        encoder = moco.load_encoder({"arch": config.arch, "state_dict": names}, "c.pt")
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(encoder(x), model.encoder_q.eval()(x))
+
     def test_knn_takes_an_official_checkpoint(self, folder, run):
         theirs = torchvision.models.resnet18(num_classes=128).state_dict()
         names = {f"module.encoder_q.{k}": v for k, v in theirs.items()}
