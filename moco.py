@@ -94,7 +94,6 @@ class Config:
     min_crop: Annotated[
         float, "smallest crop, as a part of the image; 0: the recipe's", (lambda a: 0 <= a <= 1, "must lie in [0, 1]")
     ] = 0.0
-    weak_key: Annotated[bool, "only crop and flip the key's view"] = False
     epochs: Annotated[int, "passes over the images", COUNT] = 100
     batch_size: Annotated[int, "images a step", COUNT] = 512
     lr: Annotated[float, "peak learning rate of SGD", POSITIVE] = 0.06
@@ -152,7 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "cpu": dict(
         cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True, moco_k=256,
-        batch_negatives=True, min_crop=0.2, weak_key=True, epochs=36, batch_size=128, warmup_epochs=2.0, knn_every=0,
+        batch_negatives=True, min_crop=0.2, epochs=36, batch_size=128, warmup_epochs=2.0, knn_every=0,
     ),
 }  # fmt: skip
 
@@ -553,20 +552,19 @@ class Augment(nn.Module):
     """Turn images into random views by a recipe, on the images' device, with an independent draw for every image.
 
     The draws come from a CPU generator, so that a seed gives the same views on every device. `min_crop` above 0 takes
-    the place of the recipe's smallest crop; `weak` views are cropped and flipped alone.
+    the place of the recipe's smallest crop.
     """
 
-    def __init__(self, recipe: str = "cifar", size: int = 32, min_crop: float = 0.0, weak: bool = False) -> None:
+    def __init__(self, recipe: str = "cifar", size: int = 32, min_crop: float = 0.0) -> None:
         super().__init__()
-        given = RECIPES[recipe]
-        scale, steps = (min_crop or given.scale[0], given.scale[1]), (FLIP,) if weak else given.steps
-        self.recipe, self.size = dataclasses.replace(given, scale=scale, steps=steps), size
+        self.recipe, self.size = RECIPES[recipe], size
+        self.scale = (min_crop or self.recipe.scale[0], self.recipe.scale[1])
         self.register_buffer("mean", torch.tensor(self.recipe.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(self.recipe.std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Crop images uint8 (N,3,H,W) and `finish` them: float (N,3,S,S), normalised."""
-        boxes = crop_boxes(uniform(generator, len(images), 4, 10), *images.shape[2:], self.recipe.scale)
+        boxes = crop_boxes(uniform(generator, len(images), 4, 10), *images.shape[2:], self.scale)
         return self.finish(crop(images / 255, boxes.to(images.device, non_blocking=True), self.size), generator)
 
     def finish(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -597,24 +595,22 @@ class Augment(nn.Module):
 
 @dataclass
 class SplitTwoViews:
-    """Make two views of every image, each with draws of its own; `augment_k` makes the key's, if not `augment`."""
+    """Make two views of every image, each with draws of its own."""
 
     augment: Augment
     seed: int = 0
-    augment_k: Augment | None = None
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return x_q, x_k (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
-        augments = self.augment, self.augment_k or self.augment
         if images.dim() == 5:
-            x_q, x_k = (augment.finish(crops / 255, generator) for augment, crops in zip(augments, images))
+            x_q, x_k = (self.augment.finish(crops / 255, generator) for crops in images)
         else:
-            x_q, x_k = (augment(images, generator) for augment in augments)
+            x_q, x_k = (self.augment(images, generator) for _ in range(2))
         return x_q, x_k
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Take both views' crops uint8 (2,3,S,S) from an image (3,H,W) at its own resolution, as a worker does."""
-        size, scale = self.augment.size, self.augment.recipe.scale
+        size, scale = self.augment.size, self.augment.scale
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], scale)
         return torch.stack([tvf.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()])
@@ -1205,8 +1201,7 @@ class Run:
             encoder.compile()
         parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
-        augments = (Augment(config.aug, config.size, config.min_crop, weak) for weak in (False, config.weak_key))
-        self.split_two_views = SplitTwoViews(next(augments), config.seed, next(augments))
+        self.split_two_views = SplitTwoViews(Augment(config.aug, config.size, config.min_crop), config.seed)
         self.per_epoch = len(self.data.train) // config.batch_size
         self.losses = torch.zeros(self.per_epoch, device=self.device)
         self.step, self.seconds, self.rows = 0, 0.0, []
