@@ -907,6 +907,17 @@ class TestEvaluation:
         assert top1 == 100 and encoder.training == training
         assert all(torch.equal(a, b) for a, b in zip(state.values(), encoder.state_dict().values(), strict=True))
 
+    @pytest.mark.parametrize("eval_size, side", [(0, 24), (32, 32)])
+    def test_images_are_evaluated_at_their_views_size_or_at_one_of_their_own(self, monkeypatch, eval_size, side):
+        sides = []
+        monkeypatch.setattr(
+            moco, "extract_features", lambda encode, split, augment: sides.append(augment.size) or torch.ones(10, 3)
+        )
+        split = InMemory(images_of(10), torch.zeros(10).long())
+        config = tiny_config(size=24, eval_size=eval_size)
+        moco.accuracy(ResNetEncoder(width=0.125), moco.Data(split, split, 1), config, torch.no_grad)
+        assert sides == [side, side]
+
     def test_the_backbones_features_are_compared_or_the_heads_output(self, monkeypatch):
         encoder, seen = ResNetEncoder(width=0.125, dim=5), []
         split = InMemory(images_of(10), torch.zeros(10).long())
@@ -1178,6 +1189,47 @@ class TestTraining:
             torch.tensor([1, 1, 0.1, 0.1, 0.01, 0.01]),
         )
 
+    @given(SEEDS, st.integers(1, 9), st.integers(1, 9))
+    def test_orthogonalising_keeps_the_singular_vectors_and_brings_the_values_near_1(self, seed, m, n):
+        x = torch.randn(m, n, generator=rng(seed), dtype=torch.float64)
+        u, values, v = torch.linalg.svd(x, full_matrices=False)
+        values = values / values.square().sum().sqrt()
+        small = values < 0.01
+        for _ in range(5):
+            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+        close(moco.orthogonal(x), u @ torch.diag(values) @ v, atol=1e-9)
+        assert ((values > 0.65) & (values < 1.25) | small).all()
+
+    def test_orthogonalising_nothing_gives_nothing(self):
+        assert torch.equal(moco.orthogonal(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+    @given(SEEDS, st.floats(0.001, 0.5), st.floats(0, 0.99))
+    def test_muon_turns_a_weight_along_its_orthogonalised_nesterov_momentum_and_keeps_its_norm(
+        self, seed, lr, momentum
+    ):
+        g = rng(seed)
+        weight, *gradients = torch.randn(4, 5, 2, 3, 3, generator=g, dtype=torch.float64)
+        ours, buffer = nn.Parameter(weight.clone().to(memory_format=torch.channels_last)), 0
+        optimizer = moco.Muon([ours], lr, momentum)
+        for gradient in gradients:
+            ours.grad = gradient.clone()
+            optimizer.step()
+            buffer = momentum * buffer + gradient
+            step = moco.orthogonal((gradient + momentum * buffer).reshape(5, 18)).reshape(weight.shape)
+            moved = weight / weight.norm() - lr * step / step.norm()
+            weight = weight.norm() * moved / moved.norm()
+            close(ours.detach(), weight, atol=1e-9)
+
+    def test_muon_moves_vectors_as_nesterovs_sgd_and_leaves_alone_what_has_no_gradient(self):
+        ours, theirs, idle = (nn.Parameter(torch.ones(4)) for _ in range(3))
+        optimizers = moco.Muon([ours, idle], 0.1, 0.8), torch.optim.SGD([theirs], 0.1, momentum=0.8, nesterov=True)
+        for gradient in torch.randn(3, 4):
+            ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        close(ours.detach(), theirs.detach())
+        assert torch.equal(idle, torch.ones(4))
+
     @given(SEEDS, st.integers(8, 40))
     def test_an_epoch_shows_every_image_at_most_once_in_an_order_of_its_own(self, seed, n):
         keys = list(moco.batch_keys(n, tiny_config(seed=seed)))
@@ -1245,6 +1297,7 @@ class TestTraining:
             dict(aug="v2", size=24),
             dict(stem="imagenet"),
             dict(arch="resnet10", mlp_bn=True, batch_negatives=True, warmup_epochs=0.5, min_crop=0.2),
+            dict(optimizer="muon", precision="bf16", size=24, eval_size=32),
         ],
     )
     def test_every_option_trains(self, few, tmp_path, options):
@@ -1352,26 +1405,29 @@ class TestExport:
 
 
 class TestNeverLosingARun:
-    @pytest.mark.parametrize("source, workers", [("shapes", 0), ("folder", 0), ("folder", 2)])
+    @pytest.mark.parametrize(
+        "source, workers, optimizer",
+        [("shapes", 0, "sgd"), ("shapes", 0, "muon"), ("folder", 0, "sgd"), ("folder", 2, "sgd")],
+    )
     @given(data=st.data())
     @settings(max_examples=4)
     def test_a_run_resumed_at_any_step_ends_bit_for_bit_as_one_never_stopped(
-        self, small_sets, image_folder, checkpoints, source, workers, data
+        self, small_sets, image_folder, checkpoints, source, workers, optimizer, data
     ):
         stops = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True).map(sorted), label="stops")
-        options = dict(workers=workers, batch_size=8 if source == "shapes" else 4, knn_every=1)
+        options = dict(workers=workers, optimizer=optimizer, batch_size=8 if source == "shapes" else 4, knn_every=1)
         if source == "folder":
             options |= dict(data=str(image_folder), size=16)
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(moco, "shapes", lambda n, split: small_sets[40 if split == "train" else 20])
             path = Path(folder)
-            if source not in checkpoints:
+            if (source, optimizer) not in checkpoints:
                 list(training(path, **options))
-                checkpoints[source] = moco.load_checkpoint(str(path / "c.pt"))
+                checkpoints[source, optimizer] = moco.load_checkpoint(str(path / "c.pt"))
             for i, last in enumerate([*stops, 99]):
                 run = moco.Run(tiny_config(out=str(path / "c.pt"), resume=i > 0, overwrite=i == 0, **options))
                 list(run.train(lambda run=run, last=last: run.step == last))
-            assert same(lasting(moco.load_checkpoint(str(path / "c.pt"))), lasting(checkpoints[source]))
+            assert same(lasting(moco.load_checkpoint(str(path / "c.pt"))), lasting(checkpoints[source, optimizer]))
             assert len((path / "c.csv").read_text().splitlines()) == 3
 
     @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -1650,6 +1706,17 @@ class TestCommandLine:
         assert status == 0 and result["top1"] == pytest.approx(float(row["knn"]))
         assert (result["k"], result["T"], result["bank"], result["queries"]) == (5, 0.1, 40, 20)
         assert run("knn", "ckpt.pt", "--head", "--knn-k", "3")[1].startswith("kNN top-1 ")
+
+    @pytest.mark.parametrize("options, side", [("", 32), ("--size 16", 16), ("--size 16 --eval-size 40", 40)])
+    def test_a_size_given_to_knn_wins_over_what_training_evaluated_at(
+        self, run, checkpoint, monkeypatch, options, side
+    ):
+        edited(config={**checkpoint["config"], "size": 24, "eval_size": 32})(checkpoint, Path("ckpt.pt"))
+        seen = []
+        monkeypatch.setattr(
+            moco, "accuracy", lambda e, d, config, *_: seen.append(config.eval_size or config.size) or 0.0
+        )
+        assert run("knn", "ckpt.pt", *options.split())[0] == 0 and seen == [side]
 
     @pytest.mark.parametrize(
         "arguments, words",
