@@ -152,8 +152,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         data="shapes", width=0.25, bn_splits=2, moco_k=256, aug="v1", epochs=9, batch_size=64, knn_every=5, knn_k=20
     ),
     "cpu": dict(
-        cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True, moco_k=256,
-        batch_negatives=True, min_crop=0.2, epochs=36, batch_size=128, warmup_epochs=2.0, knn_every=0,
+        size=24, eval_size=32, cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True,
+        moco_k=256, moco_m=0.9, batch_negatives=True, min_crop=0.2, epochs=30, batch_size=256, optimizer="muon",
+        warmup_epochs=1.5, knn_every=0,
     ),
 }  # fmt: skip
 

@@ -1542,6 +1542,15 @@ class TestNeverLosingARun:
         status, _, err = run("train", "--resume", *(["--no-mlp"] if name == "mlp" else given))
         assert status == 2 and err.startswith(f"moco: {flag} {value}: ") and f" {old} " in err and err.count("\n") == 1
 
+    @pytest.mark.parametrize("optimizer, options", [("sgd", {"weight_decay": 0.5, "lr": 0.03}), ("muon", {"lr": 0.03})])
+    def test_a_resumed_optimizer_takes_the_options_given_now(self, few, tmp_path, optimizer, options):
+        next(training(tmp_path, optimizer=optimizer, save_every_steps=1))
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), optimizer=optimizer, resume=True, wd=0.5, lr=0.03))
+        (group,) = run.optimizer.param_groups
+        assert group.items() >= {**options, "momentum": 0.9}.items() and ("weight_decay" in group) == (
+            optimizer == "sgd"
+        )
+
     def test_resume_refuses_other_images_a_foreign_file_and_no_file(self, few, tmp_path, checkpoint, run, monkeypatch):
         assert run("train", "--resume")[2] == "moco: ckpt.pt: No such file or directory\n"
         torch.save({k: checkpoint[k] for k in ("epoch", "arch", "state_dict")}, "ckpt.pt")
@@ -1786,6 +1795,32 @@ class TestCommandLine:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+class TestTheTests:
+    def test_values_that_differ_are_not_close(self):
+        for actual, expected in ((torch.ones(2), torch.tensor([1, 1.001])), (torch.ones(2), torch.ones(3))):
+            with pytest.raises(AssertionError):
+                close(actual, expected)
+
+    @pytest.mark.parametrize(
+        "other", [{"a": [torch.zeros(2), 2]}, {"a": [torch.ones(2), 1]}, {"a": [torch.ones(2)]}, {"b": 1}, {}]
+    )
+    def test_trees_that_differ_anywhere_are_not_the_same(self, other):
+        assert same({"a": [torch.ones(2), 2]}, {"a": (torch.ones(2), 2)}) and not same({"a": [torch.ones(2), 2]}, other)
+
+    def test_samples_of_two_distributions_are_told_apart(self):
+        n = 4000
+        a, b = draws(rng(0), n), draws(rng(1), n)
+        assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / n) < kolmogorov_smirnov(a, b**1.2)
+        assert kolmogorov_smirnov(a, a) == 0 and kolmogorov_smirnov(a, a + 2) == 1
+
+    def test_the_loss_oracle_minds_its_keys_temperature_and_exceptions(self):
+        q, k = unit(3, 4, 0), unit(3, 4, 1)
+        right = oracle_nce(q, k, range(3), [()] * 3, 0.2)
+        close(right, F.cross_entropy(q @ k.T / 0.2, torch.arange(3)))
+        wrong = [(range(3), [()] * 3, 0.3), ([1, 2, 0], [()] * 3, 0.2), (range(3), [(1,), (2,), (0,)], 0.2)]
+        assert all(abs(oracle_nce(q, k, *arguments) - right) > 1e-2 for arguments in wrong)
+
+
 class TestReadme:
     text = (Path(__file__).parent / "README.md").read_text()
 
@@ -1797,6 +1832,14 @@ class TestReadme:
         for block in re.findall(r"```python\n(.*?)```", self.text, re.S):
             exec(block, scope)
         assert math.isfinite(scope["loss"].item()) and "detector" in scope
+
+    def test_its_specification_names_tests_that_exist_in_every_section(self):
+        rows = re.findall(r"^\| ([A-Z][\w ]+) \| [^|]+ \| ([^|]+) \|$", self.text, re.M)
+        named = [name for _, tests in rows for name in re.findall(r"`(\w+)`", tests)]
+        source = (Path(__file__)).read_text()
+        assert len(named) > 20 and all(re.search(rf"(def|class) {name}\(", source) for name in named)
+        sections = re.findall(r"^# ─+ ([\w ]+) ─+$", Path(moco.__file__).read_text(), re.M)
+        assert list(dict.fromkeys(section for section, _ in rows)) == sections
 
     def test_its_commands_and_flags_exist_and_its_test_command_is_that_of_ci(self, run, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
