@@ -1109,8 +1109,8 @@ class Muon(torch.optim.Optimizer):
                     weight.sub_(step, alpha=lr)
                     continue
                 norm, step = weight.norm(), orthogonal(step.flatten(1)).view_as(weight)
-                weight.sub_(lr * norm / step.norm() * step)
-                weight.mul_(norm / weight.norm())
+                weight.sub_(lr * norm / step.norm().clamp(min=1e-12) * step)
+                weight.mul_(norm / weight.norm().clamp(min=1e-12))
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1153,8 +1153,8 @@ def check_run(config: Config, data: Data) -> None:
 
 
 RESUMABLE = (  # what --resume may change; epochs only upward
-    "data", "root", "workers", "epochs", "lr", "wd", "cos", "schedule", "device", "precision", "compile", "knn_every",
-    "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps",
+    "data", "root", "eval_size", "workers", "epochs", "lr", "wd", "cos", "schedule", "device", "precision", "compile",
+    "knn_every", "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps",
 )  # fmt: skip
 
 

@@ -108,7 +108,8 @@ class TestConfig:
             dict(moco_t=0), dict(moco_t=-1), dict(moco_t=math.nan), dict(moco_m=-0.1), dict(moco_m=1.1), dict(moco_k=0),
             dict(moco_dim=0), dict(epochs=0), dict(batch_size=0), dict(batch_size=12), dict(batch_size=8), dict(lr=0),
             dict(lr=math.inf), dict(wd=-1), dict(width=0.1), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
-            dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1),
+            dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1), dict(eval_size=-1),
+            dict(optimizer="lbfgs"),
         ],
     )  # fmt: skip
     def test_an_impossible_value_is_refused_by_the_name_of_its_flag(self, option):
@@ -1220,6 +1221,13 @@ class TestTraining:
             weight = weight.norm() * moved / moved.norm()
             close(ours.detach(), weight, atol=1e-9)
 
+    @pytest.mark.parametrize("weight, gradient", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+    def test_muon_leaves_a_weight_without_norm_or_gradient_as_it_is(self, weight, gradient):
+        ours = nn.Parameter(torch.full((2, 3), weight))
+        ours.grad = torch.full((2, 3), gradient)
+        moco.Muon([ours], 0.1).step()
+        assert torch.equal(ours, torch.full((2, 3), weight))
+
     def test_muon_moves_vectors_as_nesterovs_sgd_and_leaves_alone_what_has_no_gradient(self):
         ours, theirs, idle = (nn.Parameter(torch.ones(4)) for _ in range(3))
         optimizers = moco.Muon([ours, idle], 0.1, 0.8), torch.optim.SGD([theirs], 0.1, momentum=0.8, nesterov=True)
@@ -1258,6 +1266,13 @@ class TestTraining:
         saved = moco.load_checkpoint(str(tmp_path / "c.pt"))["state_dict"]
         for name, p in model.encoder_q.named_parameters():
             close(saved["module.encoder_q." + name], p.detach(), atol=1e-8)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+    def test_the_optimizer_steps_in_the_runs_precision(self, few, tmp_path, monkeypatch, precision):
+        run, seen = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), optimizer="muon", precision=precision)), []
+        monkeypatch.setattr(moco, "orthogonal", lambda x: seen.append((x @ x.mT).dtype) or x)
+        next(run.train())
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
     def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self, few, tmp_path):
         weights = []
@@ -1522,8 +1537,8 @@ class TestNeverLosingARun:
         assert moco.load_checkpoint(str(tmp_path / "c.pt"))["step"] == 5
 
     @pytest.mark.parametrize("options", [
-        dict(epochs=3), dict(knn_k=3), dict(knn_t=0.2), dict(workers=1), dict(device="auto"), dict(lr=0.01),
-        dict(save_every_steps=2), dict(precision="bf16"),
+        dict(epochs=3), dict(eval_size=24), dict(knn_k=3), dict(knn_t=0.2), dict(workers=1), dict(device="auto"),
+        dict(lr=0.01), dict(save_every_steps=2), dict(precision="bf16"),
     ])  # fmt: skip
     def test_resume_takes_options_that_may_change(self, few, tmp_path, checkpoint, options):
         moco.save_checkpoint(str(tmp_path / "c.pt"), checkpoint)
@@ -1534,6 +1549,7 @@ class TestNeverLosingARun:
         ("arch", "resnet34", "resnet18"), ("moco_dim", 8, 16), ("moco_k", 64, 32), ("seed", 1, 0), ("batch_size", 4, 8),
         ("epochs", 1, 2), ("moco_m", 0.9, 0.99), ("size", 24, 32), ("aug", "v2", "cifar"), ("width", 0.25, 0.125),
         ("bn_splits", 4, 2), ("mlp", False, True), ("moco_t", 0.3, 0.1), ("symmetric", True, False),
+        ("optimizer", "muon", "sgd"),
     ])  # fmt: skip
     def test_resume_refuses_by_name_what_may_not_change(self, few, tmp_path, checkpoint, run, name, value, old):
         moco.save_checkpoint("ckpt.pt", checkpoint)
