@@ -237,9 +237,9 @@ class InMemory:
         return len(self.images)
 
     def batches(self, keys: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
-        """Yield the images uint8 (N,3,H,W) of each key (epoch, indices); to cut them is left to the device."""
-        for _, indices in keys:
-            yield self.images[indices.to(self.images.device, non_blocking=True)]
+        """Yield for each key (epoch, indices) what `cut(images, epoch, indices)` makes of its images, all at once."""
+        for epoch, indices in keys:
+            yield cut(self.images[indices.to(self.images.device, non_blocking=True)], epoch, indices)
 
 
 @dataclass
@@ -586,12 +586,8 @@ class Augment(nn.Module):
         mean, std = (c.to(x.device, non_blocking=True) for c in (self.mean, self.std))
         return (x - mean) / std
 
-    def plain(self, images: Tensor) -> Tensor:
-        """Prepare images uint8 (N,3,H,W) for evaluation: their centre (N,3,S,S), normalised."""
-        return self.normalise(self.centre(images) / 255)
-
-    def centre(self, images: Tensor, *_: int) -> Tensor:
-        """Resize uint8 (…,3,H,W) to a shorter side of margin·S and cut out the centre (…,3,S,S)."""
+    def centre(self, images: Tensor, *_: Any) -> Tensor:
+        """Cut for evaluation: resize uint8 (…,3,H,W) to a shorter side of margin·S, take the centre (…,3,S,S)."""
         side = round(self.size * self.recipe.margin)
         return tvf.center_crop(tvf.resize(images, [side], antialias=True), [self.size, self.size])
 
@@ -612,7 +608,12 @@ class SplitTwoViews:
         return x_q, x_k
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """Take both views' crops uint8 (2,3,S,S) from an image (3,H,W) at its own resolution, as a worker does."""
+        """Cut both views' crops uint8 (2,3,S,S) out of an image (3,H,W) at its own resolution, in a worker.
+
+        A batch (N,3,H,W) is left whole: the device cuts it.
+        """
+        if image.dim() == 4:
+            return image
         size, scale = self.augment.size, self.augment.scale
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], scale)
@@ -873,7 +874,7 @@ def extract_features(encode: Callable, source: InMemory | Folder, augment: Augme
     each = -(-len(source) // ranks()[1])
     mine = share(torch.arange(ranks()[1] * each).clamp(max=len(source) - 1))
     batches = source.batches(((0, indices) for indices in mine.split(batch_size)), augment.centre)
-    return gathered(torch.cat([encode(augment.plain(images)).float() for images in batches]))[: len(source)]
+    return gathered(torch.cat([encode(augment.normalise(images / 255)).float() for images in batches]))[: len(source)]
 
 
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:

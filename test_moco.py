@@ -230,8 +230,9 @@ class TestData:
         for image, path in zip(data.train.images, streamed.train.paths, strict=True):
             assert torch.equal(image, tvf.pil_to_tensor(default_loader(os.fsdecode(path))))
 
-    def test_images_in_memory_are_given_whole(self):
-        batches = list(InMemory(images_of(5), torch.zeros(5)).batches([(0, torch.tensor([3, 1]))], None))
+    def test_images_in_memory_are_trained_on_whole(self):
+        views = SplitTwoViews(Augment(size=16))
+        batches = list(InMemory(images_of(5), torch.zeros(5)).batches([(0, torch.tensor([3, 1]))], views.two_crops))
         assert len(batches) == 1 and torch.equal(batches[0], images_of(5)[[3, 1]])
 
 
@@ -393,7 +394,6 @@ class TestViews:
         large = images_of(1, 300, 400)
         expected = tvf.center_crop(tvf.resize(large, [256], antialias=True), [224, 224])
         assert torch.equal(Augment("v2", 224).centre(large), expected)
-        close(Augment("v2", 224).plain(large), Augment("v2").normalise(expected / 255))
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
     @pytest.mark.parametrize("aug", moco.RECIPES)
@@ -897,7 +897,19 @@ class TestEvaluation:
         encode = lambda x: x.flatten(1).bfloat16()  # noqa: E731
         features = moco.extract_features(encode, source, augment, batch_size=3)
         assert features.dtype == torch.float32
-        assert torch.equal(features, encode(augment.plain(images_of(7))).float())
+        assert torch.equal(features, encode(augment.normalise(images_of(7) / 255)).float())
+
+    @pytest.mark.parametrize("aug", moco.RECIPES)
+    def test_streamed_images_are_cut_once_as_those_in_memory_are(self, folder, aug):
+        for path in folder.rglob("*.png"):
+            tvf.to_pil_image(images_of(1, 40, 48, seed=int(path.stem))[0]).save(path)
+        augment, seen = Augment(aug, 24), []
+        for cache in (False, True):
+            data = moco.load_data(Config(data=str(folder), cache=cache, workers=0), CPU)
+            seen.append(moco.extract_features(lambda x: x.flatten(1), data.train, augment))
+        images = images_of(1, 40, 48, seed=3)
+        expected = tvf.center_crop(tvf.resize(images, [round(24 * augment.recipe.margin)], antialias=True), [24, 24])
+        assert torch.equal(*seen) and torch.equal(seen[0][3], augment.normalise(expected / 255).flatten())
 
     @pytest.mark.parametrize("training", [True, False])
     def test_accuracy_is_measured_in_eval_mode_and_the_mode_restored(self, training):
