@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, BinaryIO, Literal, TextIO, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+__version__ = "0.1.0"
 
 
 class UserError(ValueError):
@@ -114,9 +116,10 @@ class Config:
     knn_k: Annotated[int, "neighbours that vote", COUNT] = 200
     knn_t: Annotated[float, "temperature of their votes", POSITIVE] = 0.1
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
-    overwrite: Annotated[bool, "replace --out if it exists"] = False
+    overwrite: Annotated[bool, "replace a file that exists"] = False
     resume: Annotated[bool, "go on from where --out stopped, with its options"] = False
     save_every_steps: Annotated[int, "steps between saves; 0: five minutes, and an epoch's end", NATURAL] = 0
+    tensorboard: Annotated[str, "folder for TensorBoard's files of the epochs, if that package is installed"] = ""
 
     @classmethod
     def from_preset(cls, preset: str = "cifar10", **explicit: Any) -> "Config":
@@ -586,6 +589,10 @@ class Augment(nn.Module):
         mean, std = (c.to(x.device, non_blocking=True) for c in (self.mean, self.std))
         return (x - mean) / std
 
+    def restore(self, x: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        return x * self.std.to(x.device) + self.mean.to(x.device)
+
     def centre(self, images: Tensor, *_: Any) -> Tensor:
         """Cut for evaluation: resize uint8 (…,3,H,W) to a shorter side of margin·S, take the centre (…,3,S,S)."""
         side = round(self.size * self.recipe.margin)
@@ -925,16 +932,23 @@ def check_data(config: Config, data: Data) -> None:
         raise UserError(f"--knn-k {config.knn_k}: must be at most {len(data.train)}, the images to choose from")
 
 
+def frozen_features(
+    encoder: nn.Module, split: InMemory | Folder, config: Config, autocast: Callable, head: bool = False
+) -> Tensor:
+    """Return a split's features (M,D) in eval mode: pooled, or the head's output; the encoder's mode is restored."""
+    encode, training = encoder if head else encoder.features, encoder.training
+    encoder.eval()
+    with autocast():
+        features = extract_features(encode, split, Augment(config.aug, config.eval_size or config.size))
+    encoder.train(training)
+    return features
+
+
 def accuracy(
     encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False, linear: bool = False
 ) -> float:
     """Return the top-1 in percent of kNN, or of a linear classifier, on frozen features: pooled, or of the head."""
-    augment, training = Augment(config.aug, config.eval_size or config.size), encoder.training
-    encoder.eval()
-    with autocast():
-        encode = encoder if head else encoder.features
-        bank, features = (extract_features(encode, split, augment) for split in (data.train, data.test))
-    encoder.train(training)
+    bank, features = (frozen_features(encoder, split, config, autocast, head) for split in (data.train, data.test))
     bank_labels, labels = (split.labels.to(bank.device) for split in (data.train, data.test))
     if linear:
         deviation, mean = torch.std_mean(bank, 0)
@@ -945,17 +959,64 @@ def accuracy(
     return 100 * (predicted == labels).double().mean().item()
 
 
+def mosaic(images: Tensor, colours: Tensor | None = None) -> Tensor:
+    """Lay images (R,C,3,S,S) in [0,1] out in R rows of C, small ones enlarged to some 96 pixels: a picture (3,H,W).
+
+    The first of a row is framed black, the others in their colours (R,C−1,3), or not at all.
+    """
+    scale, ground = -(-96 // images.shape[-1]), 0.85
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    frames = F.pad(images, (4, 4, 4, 4))
+    frames[:, 1:] = ground if colours is None else colours[..., None, None]
+    frames[..., 4:-4, 4:-4] = images
+    return torchvision.utils.make_grid(frames.flatten(0, 1), nrow=images.shape[1], padding=4, pad_value=ground)
+
+
+def draw_views(data: Data, config: Config, rows: int = 8, pairs: int = 4) -> Tensor:
+    """Draw images as evaluation cuts them, and beside each the two views that each of several steps makes: (3,H,W)."""
+    augment = Augment(config.aug, config.size, config.min_crop)
+    split_two_views = SplitTwoViews(augment, config.seed)
+    chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:rows]
+    columns = [images / 255 for images in data.train.batches([(0, chosen)], augment.centre)]
+    keys = [(epoch, chosen) for epoch in range(pairs)]
+    for step, images in enumerate(data.train.batches(keys, split_two_views.two_crops)):
+        columns += map(augment.restore, split_two_views(images, rng("step", config.seed, step)))
+    return mosaic(torch.stack(columns, 1))
+
+
+def draw_neighbours(
+    encoder: nn.Module, data: Data, config: Config, autocast: Callable, rows: int = 10, columns: int = 10
+) -> Tensor:
+    """Draw images and beside each its nearest others among those trained on, nearest first: (3,H,W).
+
+    Test images are taken if there are any, and frames are green or red as the labels are equal or not.
+    """
+    queries, cut = data.test or data.train, Augment(config.aug, config.eval_size or config.size).centre
+    bank = frozen_features(encoder, data.train, config, autocast)
+    features = frozen_features(encoder, data.test, config, autocast) if data.test else bank
+    chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:rows]
+    similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
+    if queries is data.train:
+        similarity[torch.arange(len(chosen)), chosen] = -math.inf
+    neighbours, colours = similarity.topk(min(columns, len(bank) - 1)).indices.cpu(), None
+    shown = [*queries.batches([(0, chosen)], cut), *data.train.batches([(0, column) for column in neighbours.T], cut)]
+    if data.test:
+        right = data.train.labels.cpu()[neighbours] == data.test.labels.cpu()[chosen, None]
+        colours = torch.where(right[..., None], torch.tensor([0.2, 0.7, 0.3]), torch.tensor([0.9, 0.2, 0.2]))
+    return mosaic(torch.stack(shown, 1).cpu() / 255, colours)
+
+
 # ────────────────────────────────────────────── Checkpoints ───────────────────────────────────────────────
 
 
-def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds, at any moment, the earlier one or this one, whole.
+def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Have `write` fill a file so that `path` holds, at any moment, what it held or the new content, whole.
 
-    Raises UserError, and keeps the earlier one, where the disk does not take it.
+    Raises UserError, and keeps what it held, where the disk does not take it.
     """
     try:
         with open(f"{path}.tmp", "wb") as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
@@ -964,6 +1025,11 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
         raise UserError(
             f"--out {path}: not written ({str(error).splitlines()[0]}); what it held before is whole"
         ) from error
+
+
+def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint, all of it or nothing. Raises UserError."""
+    write_file(path, partial(torch.save, checkpoint))
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:
@@ -1155,7 +1221,7 @@ def check_run(config: Config, data: Data) -> None:
 
 RESUMABLE = (  # what --resume may change; epochs only upward
     "data", "root", "eval_size", "workers", "epochs", "lr", "wd", "cos", "schedule", "device", "precision", "compile",
-    "knn_every", "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps",
+    "knn_every", "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps", "tensorboard",
 )  # fmt: skip
 
 
@@ -1361,27 +1427,55 @@ class Run:
 # ────────────────────────────────────────────── Command line ──────────────────────────────────────────────
 
 
-def options_from_config(*names: str) -> Callable[[Callable], Callable]:
-    """Give a command, in place of its **options, an option for each named field of Config: None unless given."""
+def as_typer(command: Callable, *options: str) -> Callable:
+    """Make a function's annotations Typer's: arguments, flags and, in place of its **options, those fields of Config.
+
+    The latter are None unless given, so that what was given can be told from a preset's defaults.
+    """
     import typer
 
-    def decorate(command: Callable) -> Callable:
-        parameters = list(inspect.signature(command).parameters.values())[:-1]
-        hints = get_type_hints(Config, include_extras=True)
-        for name in names:
-            (kind, text, *_), default = get_args(hints[name]), getattr(Config, name)
-            kind = list[int] if isinstance(default, tuple) else kind
-            hint = Annotated[kind | None, typer.Option(help=text, show_default=str(default))]
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
-        command.__signature__ = inspect.Signature(parameters)
-        return command
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(Config, include_extras=True)
+    parameters = list(inspect.signature(command).parameters.values())[:-1]
+    for i, parameter in enumerate(parameters):
+        kind, text, *_ = get_args(hints[parameter.name])
+        own = typer.Argument if parameter.default is parameter.empty else partial(typer.Option, flag(parameter.name))
+        parameters[i] = parameter.replace(annotation=Annotated[kind, own(help=text)])
+    for name in options:
+        (kind, text, *_), default = get_args(hints[name]), getattr(Config, name)
+        kind = list[int] if isinstance(default, tuple) else kind
+        hint = Annotated[kind | None, typer.Option(help=text, show_default=str(default))]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
-    return decorate
+    def call(**arguments: Any) -> None:
+        command(**arguments)
+
+    call.__name__, call.__doc__, call.__signature__ = command.__name__, command.__doc__, inspect.Signature(parameters)
+    return call
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """Keep the options that stood on the command line."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v is not None and v != []}
+
+
+def check_new(out: str, options: dict[str, Any]) -> None:
+    """Raise UserError if a file is in the way of a command's output."""
+    if Path(out).exists() and not options["overwrite"]:
+        raise UserError(f"{out}: exists already; give --overwrite to replace it")
+
+
+def write_new(out: str, write: Callable[[BinaryIO], Any]) -> None:
+    """Have `write` fill a command's output, a file or, for -, stdout."""
+    if out == "-":
+        write(sys.stdout.buffer)
+    else:
+        write_file(out, write)
+        print(f"wrote {out}")
+
+
+def print_result(text: str, result: dict[str, Any], as_json: bool) -> None:
+    """Print a result as one line of text or as one JSON object."""
+    print(json.dumps(result) if as_json else text.format(**result))
 
 
 def describe(row: dict[str, Any], config: Config) -> str:
@@ -1434,8 +1528,31 @@ def held_signals() -> Iterator[list[int]]:
         restore()
 
 
-def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> dict[str, Any]:
-    """Measure a checkpoint's accuracy under its own options, save for explicit ones; say the settings that made it."""
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say on a terminal, while it lasts, what takes so long."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def recorded(run: Iterable[Progress], folder: str) -> Iterator[Progress]:
+    """Write each epoch's row into TensorBoard's files, too. Raises UserError where that package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: needs a package of that name: pip install tensorboard") from error
+    with SummaryWriter(folder) as writer:
+        for progress in run:
+            for name, value in (progress.row or {}).items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, progress.row["epoch"])
+            yield progress
+
+
+def reopen(path: str, explicit: dict[str, Any]) -> tuple[ResNetEncoder, Data, Config, Callable, int]:
+    """Load a checkpoint's encoder and images under its own options, save for explicit ones; autocast; its epoch."""
     checkpoint = load_checkpoint(path)
     encoder = load_encoder(checkpoint, path)
     official = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
@@ -1443,76 +1560,111 @@ def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> d
         explicit = {"eval_size": 0, **explicit}
     config = Config(**{**checkpoint.get("config", official), **explicit})
     device, autocast = pick_device(config)
-    data = load_data(config, device)
-    check_data(config, data)
     encoder.to(device, memory_format=torch.channels_last)
-    result = {
-        "top1": accuracy(encoder, data, config, autocast, head, linear),
-        "features": "head" if head else "backbone",
-    }
+    with working(f"reading {config.data}"):
+        return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
+
+
+def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> dict[str, Any]:
+    """Measure a checkpoint's accuracy; say the settings that made it."""
+    encoder, data, config, autocast, epoch = reopen(path, explicit)
+    check_data(config, data)
+    with working(f"evaluating on {len(data.train)} and {len(data.test)} images"):
+        top1 = accuracy(encoder, data, config, autocast, head, linear)
+    result = {"top1": top1, "features": "head" if head else "backbone"}
     result |= {} if linear else {"k": config.knn_k, "T": config.knn_t}
     result |= {"data": config.data, "bank": len(data.train), "queries": len(data.test)}
-    return result | {"checkpoint": path, "epoch": checkpoint["epoch"], "device": device.type}
+    return result | {"checkpoint": path, "epoch": epoch, "device": next(encoder.parameters()).device.type}
+
+
+CHECKPOINT = Annotated[str, "file that train wrote, or an official one"]
+OUT = Annotated[str, "file to write; -: stdout"]
+HEAD = Annotated[bool, "take the head's output, not pooled features"]
+JSON = Annotated[bool, "print one JSON object"]
+
+
+def train(**options: Any) -> None:
+    """Train an encoder without labels."""
+    explicit = given(options)
+    if explicit.get("resume"):
+        out = explicit.get("out", Config.out)
+        config = Config(**load_run(out)["config"] | {"overwrite": False, "out": out} | explicit)
+    else:
+        config = Config.from_preset(**explicit)
+    with working(f"reading {config.data}"):
+        run = Run(config)
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+    with held_signals() as received:
+        steps = run.train(lambda: received)
+        show(recorded(steps, config.tensorboard) if config.tensorboard and not ranks()[0] else steps, config)
+    if run.step < config.epochs * run.per_epoch:
+        print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
+        sys.exit(128 + received[0])
+    print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
+
+
+def knn(checkpoint: CHECKPOINT, head: HEAD = False, json: JSON = False, **options: Any) -> None:
+    """Classify the test images by their nearest training images in a checkpoint's features."""
+    result = evaluate(checkpoint, head, False, given(options))
+    print_result("kNN top-1 {top1:.2f} % (k {k}, T {T}, {features})", result, json)
+
+
+def linear(checkpoint: CHECKPOINT, head: HEAD = False, json: JSON = False, **options: Any) -> None:
+    """Classify the test images by a linear classifier fitted to the training images' features."""
+    print_result("linear top-1 {top1:.2f} % ({features})", evaluate(checkpoint, head, True, given(options)), json)
+
+
+def export(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
+    """Write a checkpoint's backbone, less the head, under torchvision's names."""
+    check_new(out, options)
+    weights = load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict()
+    write_new(out, partial(torch.save, {name: x for name, x in weights.items() if not name.startswith("fc.")}))
+
+
+def views(out: OUT, **options: Any) -> None:
+    """Draw a picture (PNG) of images and the views that training makes of them."""
+    check_new(out, options)
+    config = dataclasses.replace(Config.from_preset(**given(options)), cache=False)
+    with working(f"reading {config.data}"):
+        picture = draw_views(load_data(config, torch.device("cpu")), config)
+    write_new(out, partial(torchvision.utils.save_image, picture, format="png"))
+
+
+def neighbors(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
+    """Draw a picture (PNG) of test images and their nearest training images in a checkpoint's features."""
+    check_new(out, options)
+    encoder, data, config, autocast, _ = reopen(checkpoint, given(options))
+    with working(f"embedding {len(data.train)} images"):
+        picture = draw_neighbours(encoder, data, config, autocast)
+    write_new(out, partial(torchvision.utils.save_image, picture, format="png"))
+
+
+EVALUATION = ("data", "root", "size", "eval_size", "workers", "cache", "aug", "device", "precision")
+COMMANDS: dict[Callable, tuple[str, ...]] = {  # each with the fields of Config that are its options
+    train: tuple(field.name for field in dataclasses.fields(Config)),
+    knn: (*EVALUATION, "knn_k", "knn_t"),
+    linear: EVALUATION,
+    export: ("overwrite",),
+    views: ("preset", "data", "root", "size", "workers", "aug", "min_crop", "seed", "overwrite"),
+    neighbors: (*EVALUATION, "seed", "overwrite"),
+}
 
 
 def command_line() -> Any:
     """Make the Typer application."""
     import typer
 
-    CHECKPOINT = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
-    HEAD = Annotated[bool, typer.Option("--head", help="take the head's output, not pooled features")]
-    JSON = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-    EVALUATION = ("data", "root", "size", "eval_size", "workers", "cache", "aug", "device", "precision")
     app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
 
-    @app.command("train")
-    @options_from_config(*(field.name for field in dataclasses.fields(Config)))
-    def train_command(**options: Any) -> None:
-        """Train an encoder without labels."""
-        explicit = given(options)
-        if explicit.get("resume"):
-            out = explicit.get("out", Config.out)
-            saved = load_run(out)["config"]
-            config = Config(**saved | {"overwrite": False, "out": out} | explicit)
-        else:
-            config = Config.from_preset(**explicit)
-        run = Run(config)
-        if ranks()[0]:
-            sys.stdout = open(os.devnull, "w")
-        with held_signals() as received:
-            show(run.train(lambda: received), config)
-        if run.step < config.epochs * run.per_epoch:
-            print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
-            raise typer.Exit(128 + received[0])
-        print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
+    @app.callback(invoke_without_command=True)
+    def say_version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+        if version:
+            print(f"moco.py {__version__}")
+            raise typer.Exit
 
-    @app.command("knn")
-    @options_from_config(*EVALUATION, "knn_k", "knn_t")
-    def knn_command(checkpoint: CHECKPOINT, head: HEAD = False, as_json: JSON = False, **options: Any) -> None:
-        """Classify the test images by their nearest training images in a checkpoint's features."""
-        result = evaluate(checkpoint, head, False, given(options))
-        print(json.dumps(result) if as_json else "kNN top-1 {top1:.2f} % (k {k}, T {T}, {features})".format(**result))
-
-    @app.command("linear")
-    @options_from_config(*EVALUATION)
-    def linear_command(checkpoint: CHECKPOINT, head: HEAD = False, as_json: JSON = False, **options: Any) -> None:
-        """Classify the test images by a linear classifier fitted to the training images' features."""
-        result = evaluate(checkpoint, head, True, given(options))
-        print(json.dumps(result) if as_json else "linear top-1 {top1:.2f} % ({features})".format(**result))
-
-    @app.command("export")
-    def export_command(
-        checkpoint: CHECKPOINT,
-        out: Annotated[str, typer.Argument(help="file to write")],
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="replace it if it exists")] = False,
-    ) -> None:
-        """Write a checkpoint's backbone, less the head, under torchvision's names."""
-        if Path(out).exists() and not overwrite:
-            raise UserError(f"{out}: exists already; give --overwrite to replace it")
-        weights = load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict()
-        save_checkpoint(out, {name: x for name, x in weights.items() if not name.startswith("fc.")})
-        print(f"wrote {out}")
-
+    for command, options in COMMANDS.items():
+        app.command()(as_typer(command, *options))
     return app
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
 from collections import deque
 from functools import partial
@@ -965,6 +967,57 @@ class TestEvaluation:
         x = torch.randn(200, 5, generator=rng(0))
         assert torch.equal(moco.fit_linear(x, (x[:, 0] > 0).long(), 2)(x).argmax(1), (x[:, 0] > 0).long())
 
+    @pytest.mark.parametrize("coloured", [True, False])
+    def test_a_mosaic_has_enlarged_images_in_rows_the_first_framed_black_the_others_in_their_colour(self, coloured):
+        images, colours = torch.rand(2, 3, 3, 48, 48), torch.rand(2, 2, 3)
+        picture = moco.mosaic(images, colours if coloured else None)
+        frames = torch.cat([torch.zeros(2, 1, 3), colours if coloured else torch.full((2, 2, 3), 0.85)], 1)
+        assert picture.shape == (3, 4 + 2 * 108, 4 + 3 * 108) and (picture[:, :4] == 0.85).all()
+        for row in range(2):
+            for column in range(3):
+                cell = picture[:, 4 + 108 * row :, 4 + 108 * column :][:, :104, :104]
+                assert torch.equal(cell[:, 5:-4:2, 5:-4:2], images[row, column])
+                assert torch.equal(cell[:, 4:-4:2, 4:-4:2], images[row, column])
+                assert (cell[:, :4] == frames[row, column, :, None, None]).all() and (
+                    cell[:, 50, -1] == cell[:, 0, 0]
+                ).all()
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_views_are_drawn_as_training_makes_them_beside_their_image(self, few, folder, monkeypatch, streamed):
+        monkeypatch.setattr(moco, "mosaic", lambda images: images)
+        options = dict(data=str(folder), workers=0) if streamed else {}
+        config = tiny_config(**options, size=24, seed=3, min_crop=0.5)
+        data, augment = moco.load_data(config, CPU), Augment("cifar", 24, 0.5)
+        split_two_views, chosen = (
+            SplitTwoViews(augment, 3),
+            torch.randperm(len(data.train), generator=rng("picture", 3))[:8],
+        )
+        picture = moco.draw_views(data, config)
+        assert picture.shape == (8, 9, 3, 24, 24)
+        (whole,) = data.train.batches([(0, chosen)], augment.centre)
+        close(picture[:, 0], whole / 255)
+        for step in range(4):
+            (images,) = data.train.batches([(step, chosen)], split_two_views.two_crops)
+            pair = torch.stack(split_two_views(images, rng("step", 3, step)), 1)
+            close(augment.normalise(picture[:, 2 * step + 1 : 2 * step + 3]), pair, atol=1e-4)
+
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_neighbours_are_the_nearest_others_framed_by_whether_the_labels_agree(self, few, monkeypatch, labelled):
+        monkeypatch.setattr(moco, "mosaic", lambda images, colours: (images, colours))
+        monkeypatch.setattr(moco, "frozen_features", lambda _, split, *__: split.images.flatten(1).double())
+        data = moco.load_data(tiny_config(), CPU)
+        data.test = data.test if labelled else None
+        queries = data.test or data.train
+        x, bank = (F.normalize(split.images.flatten(1).double(), dim=1) for split in (queries, data.train))
+        images, colours = moco.draw_neighbours(None, data, tiny_config(seed=4), None)
+        assert images.shape == (10, 11, 3, 32, 32) and (colours is not None) == labelled
+        for row, i in enumerate(torch.randperm(len(queries), generator=rng("picture", 4))[:10].tolist()):
+            nearest = sorted(set(range(40)) - (set() if labelled else {i}), key=lambda j: -(x[i] @ bank[j]).item())[:10]
+            close(images[row] * 255, torch.cat([queries.images[[i]], data.train.images[nearest]]))
+            for j, neighbour in enumerate(nearest if labelled else ()):
+                red, green, _ = colours[row, j]
+                assert (green > red) == (data.train.labels[neighbour] == data.test.labels[i])
+
 
 @pytest.fixture(scope="module")
 def small_sets():
@@ -1817,6 +1870,61 @@ class TestCommandLine:
         run("train")
         assert (seen[0].schedule, seen[0].cos) == ((3, 5), False) and seen[1] == Config()
 
+    @pytest.mark.parametrize(
+        "command, columns", [("views out.png --data shapes", 9), ("neighbors ckpt.pt out.png", 11)]
+    )
+    def test_a_picture_is_a_png_that_replaces_no_file_unasked(self, few, run, checkpoint, command, columns):
+        torch.save(checkpoint, "ckpt.pt")
+        assert run(*command.split()) == (0, "wrote out.png\n", "")
+        assert default_loader("out.png").width == 4 + columns * 108
+        assert run(*command.split())[::2] == (2, "moco: out.png: exists already; give --overwrite to replace it\n")
+        assert run(*command.split(), "--overwrite")[0] == 0
+
+    def test_a_dash_writes_to_standard_output(self, monkeypatch):
+        written = io.TextIOWrapper(io.BytesIO())
+        monkeypatch.setattr(sys, "stdout", written)
+        moco.write_new("-", lambda file: file.write(b"picture"))
+        assert written.buffer.getvalue() == b"picture"
+
+    def test_version_is_that_of_the_package(self, run):
+        text = (Path(__file__).parent / "pyproject.toml").read_text()
+        assert run("--version") == (0, f"moco.py {moco.__version__}\n", "") and 'attr = "moco.__version__"' in text
+
+    def test_tensorboard_gets_what_the_csv_gets(self, few, run, monkeypatch):
+        written = []
+
+        class SummaryWriter:
+            def __init__(self, folder):
+                assert folder == "events"
+
+            __enter__ = __exit__ = lambda self, *_: self
+
+            def add_scalar(self, name, value, epoch):
+                written.append((str(epoch), name, str(value)))
+
+        options = "--preset tiny --width 0.125 --batch-size 8 --epochs 2 --knn-k 5 --device cpu --tensorboard events"
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert run("train", *options.split())[::2] == (
+            2,
+            "moco: --tensorboard: needs a package of that name: pip install tensorboard\n",
+        )
+        assert not list(Path().iterdir())
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+        assert run("train", *options.split())[0] == 0
+        with open("ckpt.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert written == [(row["epoch"], k, v) for row in rows for k, v in row.items() if v and k != "epoch"]
+
+    def test_what_takes_long_is_said_on_a_terminal_alone(self, monkeypatch, capsys):
+        with moco.working("reading"):
+            pass
+        assert capsys.readouterr() == ("", "")
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        with moco.working("reading"):
+            pass
+        out, err = capsys.readouterr()
+        assert out == "" and "reading" in err
+
     def test_importing_moco_needs_torch_and_torchvision_alone_and_says_nothing(self):
         code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import moco"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -1869,12 +1977,31 @@ class TestReadme:
         sections = re.findall(r"^# ─+ ([\w ]+) ─+$", Path(moco.__file__).read_text(), re.M)
         assert list(dict.fromkeys(section for section, _ in rows)) == sections
 
+    @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+    def test_it_lists_every_option_with_its_default_and_choices(self, field):
+        kind, text, *_ = moco.get_args(field.type)
+        choices = f": {', '.join(moco.get_args(kind))}" if moco.get_origin(kind) is moco.Literal else ""
+        default = f"`{field.default}`" if field.default != "" else ""
+        assert f"\n| `{moco.flag(field.name)}` | {default} | {text}{choices} |\n" in self.text
+
+    def test_its_tour_names_every_section_with_its_lines_and_what_stands_there(self):
+        lines = Path(moco.__file__).read_text().splitlines()
+        banners = [(i, line.strip("# ─")) for i, line in enumerate(lines, 1) if re.match("# ─+ ", line)]
+        ends = [start - 1 for start, _ in banners[1:]] + [len(lines)]
+        rows = re.findall(r"^\| ([\w ]+) \| (\d+)-(\d+) \| (.*?) \|", self.text, re.M)
+        assert [row[:3] for row in rows] == [(name, str(a), str(b)) for (a, name), b in zip(banners, ends, strict=True)]
+        for _, start, end, names in rows:
+            for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+                assert re.search(rf"^ *(def |class |){name}\b[(: ]", "\n".join(lines[int(start) : int(end)]), re.M), (
+                    name
+                )
+
     def test_its_commands_and_flags_exist_and_its_test_command_is_that_of_ci(self, run, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         commands = set(re.findall(r"(?<!-)moco\.py (\w+)", self.text))
-        assert {"train", "knn", "linear", "export"} <= commands
-        known = "".join(run(command, "--help")[1] for command in commands)
-        torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help"}
+        assert commands == {command.__name__ for command in moco.COMMANDS}
+        known = "".join(run(*command, "--help")[1] for command in ([], *([name] for name in commands)))
+        torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--collect-only"}
         flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", self.text)) - torchruns
         assert len(flags) > 8 and all(flag + " " in known for flag in flags)
         ci = (Path(__file__).parent / ".ci" / "run").read_text().splitlines()
