@@ -104,10 +104,7 @@ class Config:
     wd: Annotated[float, "weight decay of SGD", NATURAL] = 5e-4
     warmup_epochs: Annotated[float, "epochs in which the learning rate rises linearly from 0", NATURAL] = 0.0
     cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
-    schedule: Annotated[tuple[int, ...], "with --no-cos, the epochs that multiply the learning rate by 0.1"] = (
-        120,
-        160,
-    )
+    schedule: Annotated[tuple[int, ...], "under --no-cos, the epochs that divide the rate by 10"] = (120, 160)
     seed: Annotated[int, "of weights, order, views and shuffles", NATURAL] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
     precision: Annotated[Literal["auto", "bf16", "fp32"], "bf16 autocast; auto: if the hardware has it"] = "auto"
@@ -138,9 +135,8 @@ class Config:
                 if not holds(value):
                     raise UserError(f"{flag(name)} {value}: {rule}")
         if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
-            raise UserError(
-                f"--batch-size {self.batch_size}: must be a multiple, from twice up, of --bn-splits {self.bn_splits}"
-            )
+            rule = f"must be a multiple, from twice up, of --bn-splits {self.bn_splits}"
+            raise UserError(f"--batch-size {self.batch_size}: {rule}")
 
 
 V1 = dict(
@@ -156,7 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "cpu": dict(
         size=24, eval_size=32, cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True,
-        moco_k=256, moco_m=0.9, batch_negatives=True, min_crop=0.2, epochs=30, batch_size=256, optimizer="muon",
+        moco_k=256, moco_m=0.9, batch_negatives=True, epochs=30, batch_size=256, optimizer="muon",
         warmup_epochs=1.5, knn_every=0,
     ),
 }  # fmt: skip
@@ -246,7 +242,7 @@ class InMemory:
 
 
 @dataclass
-class Folder(Dataset):
+class Folder:
     """Hold a split's M paths, which worker processes decode, and labels (M,) int64 if there are any."""
 
     paths: np.ndarray  # of bytes: to look one up in a worker writes to no page, so that forked memory stays shared
@@ -758,6 +754,11 @@ def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: torch.Generator |
     return gathered(embed(encoder, im_k[share(order)]))[order.argsort()]
 
 
+def own(keys: Tensor) -> Tensor:
+    """Mark, among all processes' keys (W·N,C), that of each of this process's queries: bool (N,W·N)."""
+    return share(torch.eye(len(keys), dtype=torch.bool, device=keys.device))
+
+
 class MoCo(nn.Module):
     """Contrast queries with a queue of keys from a momentum encoder, 1911.05722, algorithm 1.
 
@@ -806,8 +807,7 @@ class MoCo(nn.Module):
             negatives, excluded = queue, None
             if self.batch_negatives:
                 negatives = torch.cat([queue, keys[-1].T.to(queue)], 1)
-                own = torch.eye(len(keys[-1]), dtype=torch.bool, device=q.device)
-                excluded = F.pad(share(own), (self.K, 0))
+                excluded = F.pad(own(keys[-1]), (self.K, 0))
             losses.append(info_nce(q, share(keys[-1]), negatives, self.T, excluded))
         self.dequeue_and_enqueue(torch.cat(keys))
         return torch.stack(losses).sum()
@@ -825,8 +825,7 @@ class EndToEnd(nn.Module):
     ) -> Tensor:
         """Return the loss of two views (N,3,S,S)."""
         q, k = embed(self.encoder_q, im_q), shuffled_keys(self.encoder_q, im_k, generator)
-        own = torch.eye(len(k), dtype=torch.bool, device=k.device)
-        return info_nce(q, share(k), k.T, self.T, share(own))
+        return info_nce(q, share(k), k.T, self.T, own(k))
 
 
 class MemoryBank(nn.Module):
@@ -865,11 +864,9 @@ class SimCLR(nn.Module):
     ) -> Tensor:
         """Return the loss of two views (N,3,S,S), mean over the 2N queries."""
         z_q, z_k = embed(self.encoder_q, im_q), embed(self.encoder_q, im_k)
-        others = torch.cat([gathered(z_q), gathered(z_k)]).T
-        own = share(torch.eye(others.shape[1] // 2, dtype=torch.bool, device=z_q.device)).repeat(
-            2, 2
-        )  # itself, its key
-        return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), others, self.T, own)
+        all_q, all_k = gathered(z_q), gathered(z_k)
+        excluded = own(all_q).repeat(2, 2)  # itself and its key
+        return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), torch.cat([all_q, all_k]).T, self.T, excluded)
 
 
 # ─────────────────────────────────────────────── Evaluation ───────────────────────────────────────────────
@@ -910,9 +907,8 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e
     """
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(
-        linear.parameters(), max_iter=500, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-    )
+    search = dict(line_search_fn="strong_wolfe", tolerance_change=1e-7)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=500, **search)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -1209,10 +1205,8 @@ def check_run(config: Config, data: Data) -> None:
     if ranks()[0] == 0 and out.exists() and not (config.overwrite or config.resume):
         raise UserError(f"--out {out}: exists already; give --resume to go on, --overwrite, or another --out")
     if config.batch_size % (ranks()[1] * config.bn_splits):
-        raise UserError(
-            f"--batch-size {config.batch_size}: must be a multiple of {ranks()[1]} processes times --bn-splits "
-            f"{config.bn_splits}"
-        )
+        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}"
+        raise UserError(f"--batch-size {config.batch_size}: {rule}")
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
     if data.test is not None:
