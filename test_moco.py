@@ -32,6 +32,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.datasets.folder import default_loader
 
 import moco
@@ -161,7 +163,9 @@ class TestData:
 
         monkeypatch.setattr(torchvision.datasets, shape, Stub)
         data = moco.load_data(Config(data=name), CPU)
-        assert torch.equal(data.train.images, images_of(4)) and (len(data.test), data.classes) == (2, 3)
+        assert torch.equal(data.train.images, images_of(4)) and data.train.labels.tolist() == [0, 1, 2, 1]
+        assert torch.equal(data.test.images, images_of(4)[:2]) and data.test.labels.tolist() == [0, 1]
+        assert data.classes == 3
 
     def test_a_failing_download_names_the_other_ways_on(self, monkeypatch):
         def fail(*_, **__):
@@ -314,6 +318,12 @@ class TestViews:
             assert kolmogorov_smirnov(column, uniform) < 1.95 / math.sqrt(9600)  # false alarm: 1 in 1000
         counts = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
         assert len(counts) == 24 and ((counts - 400) ** 2 / 400).sum() < 49.7  # chi-squared, 23 degrees: 1 in 1000
+
+    def test_blur_draws_sigma_uniformly_image_by_image(self, monkeypatch):
+        monkeypatch.setattr(moco, "gaussian_blur", lambda x, sigma: sigma)
+        sigma = moco.STEPS["blur"](torch.empty(9600, 0), partial(draws, rng(3)), 0.1, 2.0)
+        assert sigma.shape == (9600, 1)
+        assert kolmogorov_smirnov(sigma[:, 0], torch.linspace(0.1, 2, 9600)) < 1.95 / math.sqrt(9600)  # 1 in 1000
 
     @pytest.mark.parametrize("name, p", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)])
     def test_a_step_is_taken_with_its_probability_image_by_image(self, monkeypatch, name, p):
@@ -616,6 +626,48 @@ def linear_moco(seed=0, **options):
     return MoCo(nn.Linear(5, 4), **{"dim": 4, "K": 6, "m": 0.7, "T": 0.2, **options})
 
 
+def placed(module, x):
+    """Fill a module alike every time, on the device of x."""
+    torch.manual_seed(0)
+    for tensor in filter(torch.is_floating_point, module.state_dict().values()):
+        nn.init.normal_(tensor, std=0.1)
+    return module.to(x.device)
+
+
+def after(update, module):
+    update()
+    return torch.cat([tensor.flatten().float() for tensor in module.state_dict().values()])
+
+
+def moco_of(x, **options):
+    return placed(MoCo(nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 4)), dim=4, K=12, m=0.7, **options), x)
+
+
+def muon_step(x):
+    weight = nn.Parameter(x.flatten(1))
+    weight.grad = x.flatten(1).flip(0)
+    moco.Muon([weight], 0.1).step()
+    return weight.detach()
+
+
+OPERATIONS = {  # of images x (8,3,24,24) in [0,1]
+    "crop": lambda x: moco.crop(x, moco.crop_boxes(draws(rng(0), 8, 4, 10), 24, 24, (0.08, 1)).to(x.device), 16),
+    "jitter": lambda x: moco.random_jitter(x, lambda *shape: draws(rng(*shape), *shape).to(x), 0.4, 0.4, 0.4, 0.1),
+    "blur": lambda x: moco.gaussian_blur(x, torch.linspace(0.1, 2, 8)[:, None].to(x)),
+    "grey": lambda x: moco.grey(x),
+    "views": lambda x: torch.cat(SplitTwoViews(Augment("v2", 16))((255 * x).byte(), rng(0))),
+    "split batch norm": lambda x: SplitBatchNorm(3, 4).to(x)(x),
+    "encoder": lambda x: placed(ResNetEncoder("resnet10", width=0.125, bn_splits=2), x)(x),
+    "loss": lambda x: info_nce(*F.normalize(x[:6, :, 0], dim=2).flatten(1).split(3), x[:5, :, 0].flatten(1).T, 0.3),
+    "momentum": lambda x: after((model := moco_of(x)).momentum_update, model),
+    "queue": lambda x: after(partial((model := moco_of(x)).dequeue_and_enqueue, x[:7, 0, 0, :4]), model),
+    "a step": lambda x: moco_of(x, batch_negatives=True)(x, x.flip(3), rng(0)).detach(),
+    "muon": muon_step,
+    "kNN": lambda x: knn_predict(x[:3].flatten(1), x.flatten(1), torch.arange(8, device=x.device) % 3, 3, 4, 0.1),
+    "linear": lambda x: moco.fit_linear(x[:, 0, 0], torch.arange(8, device=x.device) % 2, 2, decay=0.1).weight,
+}
+
+
 class TestMoCo:
     def test_the_queue_starts_as_unit_columns_and_the_key_encoder_as_an_equal_copy(self):
         model = MoCo(nn.Linear(5, 16), dim=16, K=7)
@@ -691,6 +743,11 @@ class TestMoCo:
         assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
         assert all(p.grad is None for p in model.encoder_k.parameters()) and not model.queue.requires_grad
 
+    def test_the_queue_takes_keys_as_constants(self):
+        model = linear_moco()
+        model.dequeue_and_enqueue(unit(3, 4, 0, torch.float32).requires_grad_())
+        assert not model.queue.requires_grad
+
     def test_keys_are_computed_in_a_shuffled_order_and_restored(self):
         seen = []
 
@@ -726,7 +783,7 @@ class TestMoCo:
     )
     def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, options):
         model, augment = moco.build_model(tiny_config(**options), 8), Augment()
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), NothingWaits():
             for module in (*model.modules(), augment):
                 for store in (module._parameters, module._buffers):
                     for name, tensor in store.items():
@@ -756,6 +813,13 @@ class TestMoCo:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
 
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_an_operation_gives_on_every_device_what_it_gives_on_the_cpu(self, device, name):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        here, there = (OPERATIONS[name](images_of(8, 24, 24).to(d) / 255) for d in ("cpu", device))
+        assert there.device.type == device
+        close(there.cpu(), here, atol=1e-3, rtol=1e-3)
+
     def test_bf16_and_channels_last_change_the_loss_little(self):
         x = torch.randn(2, 8, 3, 32, 32)
         model = moco.build_model(tiny_config(), 8)
@@ -763,6 +827,18 @@ class TestMoCo:
         with torch.autocast("cpu", torch.bfloat16):
             low = other(*x, rng(0))
         assert low.dtype == torch.float32 and abs(low - model(*x, rng(0))) < 0.05
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuse an operation on tensors of several devices, and a copy between devices that waits."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        assert len({x.device.type for x in inputs}) < 2, f"{operation} mixes devices"
+        out = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and out.device != inputs[0].device:
+            assert kwargs.get("non_blocking"), "a copy that waits"
+        return out
 
 
 def oracle_nce(q, keys, own, left_out, t):
@@ -1949,6 +2025,20 @@ class TestTheTests:
         a, b = draws(rng(0), n), draws(rng(1), n)
         assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / n) < kolmogorov_smirnov(a, b**1.2)
         assert kolmogorov_smirnov(a, a) == 0 and kolmogorov_smirnov(a, a + 2) == 1
+
+    @pytest.mark.filterwarnings("ignore:CUDA is not available")
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            lambda x: x[torch.tensor([0])],
+            lambda x: x + torch.ones(3),
+            lambda x: torch.ones(3).to(x.device),
+            lambda x: x.sum().item(),
+        ],
+    )
+    def test_a_tensor_left_behind_and_a_copy_that_waits_are_noticed(self, bad):
+        with FakeTensorMode(), NothingWaits(), pytest.raises(Exception, match="devices|waits|Tensor|item"):
+            bad(torch.ones(3, device="cuda"))
 
     def test_the_loss_oracle_minds_its_keys_temperature_and_exceptions(self):
         q, k = unit(3, 4, 0), unit(3, 4, 1)
