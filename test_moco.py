@@ -2037,7 +2037,11 @@ class TestTheTests:
         ],
     )
     def test_a_tensor_left_behind_and_a_copy_that_waits_are_noticed(self, bad):
-        with FakeTensorMode(), NothingWaits(), pytest.raises(Exception, match="mixes devices|copy that waits|_local_scalar_dense"):
+        with (
+            FakeTensorMode(),
+            NothingWaits(),
+            pytest.raises(Exception, match="mixes devices|copy that waits|_local_scalar_dense"),
+        ):
             bad(torch.ones(3, device="cuda"))
 
     def test_the_loss_oracle_minds_its_keys_temperature_and_exceptions(self):
