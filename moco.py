@@ -60,9 +60,11 @@ class UserError(ValueError):
 
 # ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
 
-COUNT = (lambda value: 1 <= value < math.inf, "must be at least 1")
-NATURAL = (lambda value: 0 <= value < math.inf, "must be at least 0")
-POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0")
+COUNT = (lambda value: value >= 1, "must be at least 1")
+NATURAL = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
+PART = (lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+WIDTH = (lambda value: 1 / 8 <= value < 99, "must lie in [1/8, 99)")
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,20 @@ class Config:
         Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x8d"], "backbone"
     ] = "resnet18"
     stem: Annotated[Literal["cifar", "imagenet"], "first layers: 3x3, or 7x7 with stride 2 and max-pool"] = "cifar"
-    width: Annotated[float, "factor on all channels", (lambda w: 1 / 8 <= w < 99, "must be at least 1/8")] = 1.0
+    width: Annotated[float, "factor on all channels", WIDTH] = 1.0
     bn_splits: Annotated[int, "groups of the batch that BatchNorm normalises apart", COUNT] = 8
     mlp: Annotated[bool, "2-layer head (v2), else a linear one (v1)"] = True
     mlp_dim: Annotated[int, "hidden units of that head; 0: as many as features", NATURAL] = 0
     mlp_bn: Annotated[bool, "BatchNorm between that head's layers, as in SimCLR and MoCo v3"] = False
     moco_dim: Annotated[int, "C, dimension of the embedding", COUNT] = 128
     moco_k: Annotated[int, "K, keys in the queue", COUNT] = 4096
-    moco_m: Annotated[float, "m, momentum of the key encoder", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.99
+    moco_m: Annotated[float, "m, momentum of the key encoder", PART] = 0.99
     moco_t: Annotated[float, "T, temperature of the loss", POSITIVE] = 0.1
     symmetric: Annotated[bool, "query with both views and add the two losses"] = False
     batch_negatives: Annotated[bool, "contrast with the batch's other keys too, not the queue alone"] = False
-    bank_m: Annotated[float, "momentum of the memory bank's slots", (lambda m: 0 <= m <= 1, "must lie in [0, 1]")] = 0.5
+    bank_m: Annotated[float, "momentum of the memory bank's slots", PART] = 0.5
     aug: Annotated[Literal["cifar", "v1", "v2"], "recipe of the views"] = "cifar"
-    min_crop: Annotated[
-        float, "smallest crop, as a part of the image; 0: the recipe's", (lambda a: 0 <= a <= 1, "must lie in [0, 1]")
-    ] = 0.0
+    min_crop: Annotated[float, "smallest crop, as a part of the image; 0: the recipe's", PART] = 0.0
     epochs: Annotated[int, "passes over the images", COUNT] = 100
     batch_size: Annotated[int, "images a step", COUNT] = 512
     optimizer: Annotated[Literal["sgd", "muon"], "SGD, or orthogonal steps, which learn more in fewer"] = "sgd"
@@ -115,7 +115,9 @@ class Config:
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     overwrite: Annotated[bool, "replace a file that exists"] = False
     resume: Annotated[bool, "go on from where --out stopped, with its options"] = False
-    save_every_steps: Annotated[int, "steps between saves; 0: five minutes, and an epoch's end", NATURAL] = 0
+    save_every_steps: Annotated[
+        int, "steps between saves, beside those after every epoch and five minutes", NATURAL
+    ] = 0
     tensorboard: Annotated[str, "folder for TensorBoard's files of the epochs, if that package is installed"] = ""
 
     @classmethod
@@ -126,7 +128,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("symmetric", "batch_negatives"):
             if getattr(self, name) and self.method != "moco":
-                raise UserError(f"{flag(name)}: --method {self.method} has no such form")
+                raise UserError(f"{flag(name)}: --method {self.method} has no such form; give {flag('no_' + name)}")
         for name, hint in get_type_hints(Config, include_extras=True).items():
             value, (kind, _, *rules) = getattr(self, name), get_args(hint)
             if get_origin(kind) is Literal:
@@ -158,9 +160,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SAVE_SECONDS = 300.0
-
-
 def flag(name: str) -> str:
     """Spell an option as on the command line."""
     return "--" + name.replace("_", "-")
@@ -173,7 +172,7 @@ def rng(*key: int | str) -> torch.Generator:
 
 
 # Under torchrun each of W processes holds its share of every batch, in the order of the ranks, and draws for the whole,
-# so that W processes do what one does. With one process each of these functions is the identity.
+# so that W processes do what one does. With one process `share` and `gathered` give back what they are given.
 
 
 def ranks() -> tuple[int, int]:
@@ -215,11 +214,8 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def agreed(number: int) -> int:
-    """Return the largest of all processes' numbers."""
-    if ranks()[1] == 1:
-        return number
-    dist.all_reduce(largest := torch.tensor(number), dist.ReduceOp.MAX)
-    return int(largest)
+    """Return the largest of all processes' numbers, once all have come to this line."""
+    return int(gathered(torch.tensor([number])).max())
 
 
 # ────────────────────────────────────────────────── Data ──────────────────────────────────────────────────
@@ -227,10 +223,10 @@ def agreed(number: int) -> int:
 
 @dataclass
 class InMemory:
-    """Hold a split's images uint8 (M,3,H,W) and labels (M,) int64 on the device."""
+    """Hold a split's images uint8 (M,3,H,W) and labels (M,) int64, if there are any, on the device."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -258,10 +254,9 @@ class Folder:
 
         Raises UserError for a file that is no image.
         """
-        pinned = self.device.type == "cuda"
         loader = DataLoader(
-            Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, pin_memory=pinned,
-            worker_init_fn=leave_signals,
+            Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, worker_init_fn=leave_signals,
+            pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for batch in loader:
             if isinstance(batch, UserError):
@@ -292,7 +287,7 @@ class Decoder(Dataset):
             except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
                 return UserError(f"{path}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
-        return torch.stack(cuts, dim=-4)  # before (3,S,S), after the dimension of two views if `cut` made one
+        return torch.stack(cuts, dim=-4)  # (N,3,S,S), or (2,N,3,S,S) of two crops
 
 
 @dataclass
@@ -361,7 +356,9 @@ def in_memory(folder: Folder) -> InMemory:
     keys = ((0, indices) for indices in torch.arange(len(folder)).split(512))
     try:
         images = torch.cat(list(folder.batches(keys, whole)))
-    except RuntimeError as error:  # they cannot be stacked
+    except RuntimeError as error:  # torch's, of stacking, speaks of sizes
+        if "size" not in str(error).lower():
+            raise
         raise UserError("--cache: the images differ in size; stream them without it") from error
     return InMemory(images, folder.labels if folder.labels is None else folder.labels.to(folder.device))
 
@@ -410,8 +407,8 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
 
 # ────────────────────────────────────────────────── Views ─────────────────────────────────────────────────
 #
-# Images x are float (N,3,H,W) in [0,1], parameters one an image. To choose between two images, torch.lerp with a weight
-# of 0 or 1 takes a CPU a twentieth of torch.where's time; in-place operations spare it much memory traffic.
+# Images x are float (N,3,H,W) in [0,1], parameters have a row for each. To choose between two images, torch.lerp with a
+# weight of 0 or 1 takes a CPU a twentieth of torch.where's time; in-place operations spare it much memory traffic.
 
 
 def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
@@ -605,15 +602,13 @@ class SplitTwoViews:
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return x_q, x_k (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
         if images.dim() == 5:
-            x_q, x_k = (self.augment.finish(crops / 255, generator) for crops in images)
-        else:
-            x_q, x_k = (self.augment(images, generator) for _ in range(2))
-        return x_q, x_k
+            return tuple(self.augment.finish(crops / 255, generator) for crops in images)
+        return self.augment(images, generator), self.augment(images, generator)
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """Cut both views' crops uint8 (2,3,S,S) out of an image (3,H,W) at its own resolution, in a worker.
+        """Cut both views' crops uint8 (2,3,S,S) out of an image (3,H,W) at its own resolution, as a worker does.
 
-        A batch (N,3,H,W) is left whole: the device cuts it.
+        A batch (N,3,H,W) from memory is left whole: the device cuts it.
         """
         if image.dim() == 4:
             return image
@@ -653,9 +648,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
             if self.momentum is None:
                 f = 1 / float(self.num_batches_tracked)
         groups = []
-        for left, group in zip(reversed(range(self.num_splits)), x.chunk(self.num_splits)):
-            # moving by f/(G − left·f), group after group, a statistic r ends at (1−f)·r + f·(mean over the groups)
-            step = f / (self.num_splits - left * f)
+        for remaining, group in zip(reversed(range(self.num_splits)), x.chunk(self.num_splits)):
+            # moving by f/(G − remaining·f), group by group, a statistic r ends at (1−f)·r + f·(mean over the G groups)
+            step = f / (self.num_splits - remaining * f)
             stats = self.running_mean, self.running_var
             groups.append(F.batch_norm(group, *stats, self.weight, self.bias, True, step, self.eps))
         return torch.cat(groups)
@@ -723,6 +718,9 @@ class ResNetEncoder(nn.Module):
 # ──────────────────────────────────────────────── Contrast ────────────────────────────────────────────────
 
 
+Rng = torch.Generator | None
+
+
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, excluded: Tensor | None = None) -> Tensor:
     """Ask each query for its key: L = −q·k₊/T + log(exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T)), MoCo eq. 1, mean over N.
 
@@ -744,7 +742,7 @@ def embed(encoder: nn.Module, x: Tensor) -> Tensor:
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
 
-def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: torch.Generator | None) -> Tensor:
+def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: Rng) -> Tensor:
     """Embed all processes' views (N,3,S,S) as keys (W·N,C), in a random order over processes and BatchNorm groups.
 
     A query and its key are then not normalised together: ShuffleBN, 1911.05722, section 3.3.
@@ -754,7 +752,7 @@ def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: torch.Generator |
     return gathered(embed(encoder, im_k[share(order)]))[order.argsort()]
 
 
-def own(keys: Tensor) -> Tensor:
+def own_keys(keys: Tensor) -> Tensor:
     """Mark, among all processes' keys (W·N,C), that of each of this process's queries: bool (N,W·N)."""
     return share(torch.eye(len(keys), dtype=torch.bool, device=keys.device))
 
@@ -790,10 +788,8 @@ class MoCo(nn.Module):
         self.queue.index_copy_(1, places[-self.K :] % self.K, keys[-self.K :].T.to(self.queue))
         self.queue_ptr.add_(len(keys)).remainder_(self.K)
 
-    def forward(
-        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
-    ) -> Tensor:
-        """Return the loss of two views (N,3,S,S), of both ways added if symmetric; then enqueue the keys.
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: Rng = None, indices: Tensor | None = None) -> Tensor:
+        """Return the loss of two views (N,3,S,S), the sum of both directions if symmetric; then enqueue the keys.
 
         The mechanisms below are called alike; `indices` (N,), the images' places in the data, serve MemoryBank alone.
         """
@@ -807,7 +803,7 @@ class MoCo(nn.Module):
             negatives, excluded = queue, None
             if self.batch_negatives:
                 negatives = torch.cat([queue, keys[-1].T.to(queue)], 1)
-                excluded = F.pad(own(keys[-1]), (self.K, 0))
+                excluded = F.pad(own_keys(keys[-1]), (self.K, 0))
             losses.append(info_nce(q, share(keys[-1]), negatives, self.T, excluded))
         self.dequeue_and_enqueue(torch.cat(keys))
         return torch.stack(losses).sum()
@@ -820,12 +816,10 @@ class EndToEnd(nn.Module):
         super().__init__()
         self.encoder_q, self.T = encoder, T
 
-    def forward(
-        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: Rng = None, indices: Tensor | None = None) -> Tensor:
         """Return the loss of two views (N,3,S,S)."""
         q, k = embed(self.encoder_q, im_q), shuffled_keys(self.encoder_q, im_k, generator)
-        return info_nce(q, share(k), k.T, self.T, own(k))
+        return info_nce(q, share(k), k.T, self.T, own_keys(k))
 
 
 class MemoryBank(nn.Module):
@@ -841,7 +835,7 @@ class MemoryBank(nn.Module):
         self.encoder_q, self.K, self.m, self.T = encoder, K, m, T
         self.register_buffer("bank", F.normalize(torch.randn(images, dim), dim=1))
 
-    def forward(self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None, indices: Tensor) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: Rng, indices: Tensor) -> Tensor:
         """Return the loss of a view (N,3,S,S) of the images `indices` (N,); then move their slots; `im_k` is unused."""
         indices = indices.to(im_q.device, non_blocking=True)
         drawn = torch.randint(len(self.bank), (self.K,), generator=generator).to(im_q.device, non_blocking=True)
@@ -859,13 +853,11 @@ class SimCLR(nn.Module):
         super().__init__()
         self.encoder_q, self.T = encoder, T
 
-    def forward(
-        self, im_q: Tensor, im_k: Tensor, generator: torch.Generator | None = None, indices: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, generator: Rng = None, indices: Tensor | None = None) -> Tensor:
         """Return the loss of two views (N,3,S,S), mean over the 2N queries."""
         z_q, z_k = embed(self.encoder_q, im_q), embed(self.encoder_q, im_k)
         all_q, all_k = gathered(z_q), gathered(z_k)
-        excluded = own(all_q).repeat(2, 2)  # itself and its key
+        excluded = own_keys(all_q).repeat(2, 2)  # itself and its key
         return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), torch.cat([all_q, all_k]).T, self.T, excluded)
 
 
@@ -920,11 +912,11 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e
     return linear.requires_grad_(False)
 
 
-def check_data(config: Config, data: Data) -> None:
+def check_data(config: Config, data: Data, linear: bool = False) -> None:
     """Raise UserError if these images have no labels to evaluate by, or are too few for kNN."""
     if data.test is None:
         raise UserError(f"--data {config.data}: no labels to evaluate by; needs train/CLASS/* and val/ or test/CLASS/*")
-    if config.knn_k > len(data.train):
+    if config.knn_k > len(data.train) and not linear:
         raise UserError(f"--knn-k {config.knn_k}: must be at most {len(data.train)}, the images to choose from")
 
 
@@ -969,7 +961,7 @@ def mosaic(images: Tensor, colours: Tensor | None = None) -> Tensor:
 
 
 def draw_views(data: Data, config: Config, rows: int = 8, pairs: int = 4) -> Tensor:
-    """Draw images as evaluation cuts them, and beside each the two views that each of several steps makes: (3,H,W)."""
+    """Draw images, each whole or its centre, and beside it the two views that each of several steps makes: (3,H,W)."""
     augment = Augment(config.aug, config.size, config.min_crop)
     split_two_views = SplitTwoViews(augment, config.seed)
     chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:rows]
@@ -1017,10 +1009,9 @@ def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise UserError(
-            f"--out {path}: not written ({str(error).splitlines()[0]}); what it held before is whole"
-        ) from error
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise UserError(f"{path}: not written ({str(error).splitlines()[0]}); what it held before is whole") from error
 
 
 def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
@@ -1031,9 +1022,9 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint, ours or an official one, onto the CPU, executing nothing of it.
 
-    Raises UserError if the file is none, is damaged, or holds numbers that are not finite.
+    Raises UserError if the file is none, is damaged, or holds weights that are not finite.
     """
-    why = "the file is no archive of torch.save, or is cut short"
+    why = "the file is no archive of torch.save, or is cut short"  # what to say if one of the next lines fails
     try:
         if not os.path.getsize(path):
             why = "the file is empty"
@@ -1116,11 +1107,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-OWN_BUFFERS = next(  # what DistributedDataParallel calls, in this torch or before 2.15, copying rank 0's at each step
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
+OWN_BUFFERS = (
+    "forward_sync_buffers"  # what has DistributedDataParallel copy rank 0's buffers at each step; we forbid it
 )
+if OWN_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    OWN_BUFFERS = "broadcast_buffers"  # before torch 2.15
 
 
 def build_model(config: Config, images: int) -> nn.Module:
@@ -1197,15 +1188,22 @@ def batch_keys(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
             yield epoch, share(indices)
 
 
+def log_of(out: str) -> Path:
+    """Name the .csv of a checkpoint."""
+    return Path(out.removesuffix(".pt") + ".csv")
+
+
 def check_run(config: Config, data: Data) -> None:
     """Raise UserError for what would fail later: a file in the way, too large a batch, impossible kNN."""
     out = Path(config.out)
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists")
-    if ranks()[0] == 0 and out.exists() and not (config.overwrite or config.resume):
-        raise UserError(f"--out {out}: exists already; give --resume to go on, --overwrite, or another --out")
-    if config.batch_size % (ranks()[1] * config.bn_splits):
-        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}"
+    for path in (out, log_of(config.out)) if ranks()[0] == 0 and not (config.overwrite or config.resume) else ():
+        if path.exists() and path.stat().st_size:
+            raise UserError(f"--out {path}: exists already; give --resume to go on, --overwrite, or another --out")
+    groups = ranks()[1] * config.bn_splits
+    if config.batch_size % groups or config.batch_size < 2 * groups:
+        rule = f"must be a multiple, from twice up, of {ranks()[1]} processes times --bn-splits {config.bn_splits}"
         raise UserError(f"--batch-size {config.batch_size}: {rule}")
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
@@ -1213,6 +1211,7 @@ def check_run(config: Config, data: Data) -> None:
         check_data(config, data)
 
 
+SAVE_SECONDS = 300.0  # between saves within an epoch
 RESUMABLE = (  # what --resume may change; epochs only upward
     "data", "root", "eval_size", "workers", "epochs", "lr", "wd", "cos", "schedule", "device", "precision", "compile",
     "knn_every", "knn_k", "knn_t", "out", "overwrite", "resume", "save_every_steps", "tensorboard",
@@ -1251,7 +1250,8 @@ def exclusive(path: Path) -> Iterator[TextIO]:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(f"--out: another run writes to {path}; let it end, or give another --out") from error
+                why = f"another run writes to {path}, or it cannot be locked ({error.strerror})"
+                raise UserError(f"--out: {why}; let that run end, or give another --out") from error
         try:
             yield file
         finally:
@@ -1262,10 +1262,7 @@ def exclusive(path: Path) -> Iterator[TextIO]:
 def write_rows(file: TextIO, rows: list[dict[str, Any]]) -> None:
     """Replace what a .csv file holds by rows, under a line of their names if there are any."""
     file.truncate(0)
-    writer = csv.DictWriter(file, rows[0] if rows else ())
-    if rows:
-        writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(file).writerows([*rows[:1], *(row.values() for row in rows)])  # a row itself yields its names
     file.flush()
 
 
@@ -1281,7 +1278,7 @@ class Progress:
 
 
 class Run:
-    """Train a model with SGD as a configuration says, from the start or, with `resume`, from where `out` stopped.
+    """Train a model as a configuration says, from the start or, with `resume`, from where `out` stopped.
 
     All that a run accumulates is in its checkpoint: model, optimizer, step, this epoch's losses (steps an epoch,) and
     seconds, and the past epochs' rows. The rest is a function of the configuration and the step. Raises UserError for
@@ -1295,18 +1292,15 @@ class Run:
         for first in (True, False):  # the process of rank 0 downloads for the others
             if first == (ranks()[0] == 0):
                 self.data = load_data(config, self.device)
-            agreed(0)
+            agreed(0)  # wait for it
         check_run(config, self.data)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = build_model(config, len(self.data.train)).to(self.device, memory_format=torch.channels_last)
         for encoder in self.model.children() if config.compile else ():
             encoder.compile()
-        parameters = self.model.encoder_q.parameters()
-        if config.optimizer == "muon":
-            self.optimizer: torch.optim.Optimizer = Muon(parameters, config.lr, momentum=0.9)
-        else:
-            self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.wd, fused=True)
+        kind = Muon if config.optimizer == "muon" else partial(torch.optim.SGD, weight_decay=config.wd, fused=True)
+        self.optimizer: torch.optim.Optimizer = kind(self.model.encoder_q.parameters(), config.lr, momentum=0.9)
         self.split_two_views = SplitTwoViews(Augment(config.aug, config.size, config.min_crop), config.seed)
         self.per_epoch = len(self.data.train) // config.batch_size
         self.losses = torch.zeros(self.per_epoch, device=self.device)
@@ -1320,8 +1314,7 @@ class Run:
         check_resume(self.config, checkpoint, len(self.data.train))
         weights = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
         load_weights(self.model, weights, self.config.out)
-        (group,) = self.optimizer.param_groups
-        options = {name: value for name, value in group.items() if name != "params"}
+        options = self.optimizer.param_groups[0]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.optimizer.param_groups[0].update(options)
@@ -1361,12 +1354,14 @@ class Run:
         Raises UserError for a file that is no image, a number that is not finite, a disk that takes no checkpoint.
         """
         config, saved = self.config, time.monotonic()
-        with exclusive(Path(config.out).with_suffix(".csv")) if ranks()[0] == 0 else contextlib.nullcontext() as log:
+        with exclusive(log_of(config.out)) if ranks()[0] == 0 else contextlib.nullcontext() as log:
             if log:
                 Path(f"{config.out}.tmp").unlink(missing_ok=True)
                 write_rows(log, self.rows)
             self.began = time.perf_counter() - self.seconds
-            keys, again = (itertools.islice(batch_keys(len(self.data.train), config), self.step, None) for _ in "12")
+            keys, again = (
+                itertools.islice(batch_keys(len(self.data.train), config), self.step, None) for _ in range(2)
+            )
             batches = self.data.train.batches(keys, self.split_two_views.two_crops)
             for images, (_, indices) in zip(batches, again):
                 progress = self.take_step(images, indices)
@@ -1384,10 +1379,9 @@ class Run:
 
     def average_statistics(self) -> None:
         """Give all processes the mean of their BatchNorm statistics, which are those of one process with W splits."""
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d) and ranks()[1] > 1:
-                for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(gathered(statistic[None]).mean(0))
+        for name, statistic in self.model.named_buffers():
+            if "running_" in name and ranks()[1] > 1:
+                statistic.copy_(gathered(statistic[None]).mean(0))
 
     def take_step(self, images: Tensor, indices: Tensor) -> Progress:
         """Train on a batch. Nothing in here waits for the device."""
@@ -1428,12 +1422,12 @@ def as_typer(command: Callable, *options: str) -> Callable:
     """
     import typer
 
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(Config, include_extras=True)
+    hints = get_type_hints(Config, include_extras=True) | get_type_hints(command, include_extras=True)
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for i, parameter in enumerate(parameters):
         kind, text, *_ = get_args(hints[parameter.name])
-        own = typer.Argument if parameter.default is parameter.empty else partial(typer.Option, flag(parameter.name))
-        parameters[i] = parameter.replace(annotation=Annotated[kind, own(help=text)])
+        make = typer.Argument if parameter.default is parameter.empty else partial(typer.Option, flag(parameter.name))
+        parameters[i] = parameter.replace(annotation=Annotated[kind, make(help=text)])
     for name in options:
         (kind, text, *_), default = get_args(hints[name]), getattr(Config, name)
         kind = list[int] if isinstance(default, tuple) else kind
@@ -1493,7 +1487,7 @@ def show(run: Iterable[Progress], config: Config) -> None:
         for progress in run:
             if bar.console.is_terminal and (now := time.monotonic()) - shown > 0.5:  # a loss that is read is waited for
                 speed = f"{(bar.tasks[task].speed or 0) * config.batch_size:.0f}"
-                fields = {"epoch": 1 + progress.step * config.epochs // progress.steps, "images/s": speed}
+                fields = {"epoch": 1 + (progress.step - 1) * config.epochs // progress.steps, "images/s": speed}
                 fields |= {"loss": f"{progress.loss:.3f}", "lr": f"{progress.lr:.4f}"}
                 bar.update(task, completed=progress.step, total=progress.steps, **fields)
                 shown = now
@@ -1503,7 +1497,7 @@ def show(run: Iterable[Progress], config: Config) -> None:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that a run can end in order; the second one acts at once."""
+    """Collect Ctrl-C and SIGTERM, so that a run can end in order; of one process the second acts at once."""
     received: list[int] = []
 
     def hold(number: int, _: Any) -> None:
@@ -1522,13 +1516,11 @@ def held_signals() -> Iterator[list[int]]:
         restore()
 
 
-@contextlib.contextmanager
-def working(text: str) -> Iterator[None]:
+def working(text: str) -> contextlib.AbstractContextManager:
     """Say on a terminal, while it lasts, what takes so long."""
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    return Console(stderr=True).status(text)
 
 
 def recorded(run: Iterable[Progress], folder: str) -> Iterator[Progress]:
@@ -1562,7 +1554,7 @@ def reopen(path: str, explicit: dict[str, Any]) -> tuple[ResNetEncoder, Data, Co
 def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> dict[str, Any]:
     """Measure a checkpoint's accuracy; say the settings that made it."""
     encoder, data, config, autocast, epoch = reopen(path, explicit)
-    check_data(config, data)
+    check_data(config, data, linear)
     with working(f"evaluating on {len(data.train)} and {len(data.test)} images"):
         top1 = accuracy(encoder, data, config, autocast, head, linear)
     result = {"top1": top1, "features": "head" if head else "backbone"}
@@ -1594,7 +1586,7 @@ def train(**options: Any) -> None:
         show(recorded(steps, config.tensorboard) if config.tensorboard and not ranks()[0] else steps, config)
     if run.step < config.epochs * run.per_epoch:
         print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
-        sys.exit(128 + received[0])
+        sys.exit(128 + (received or [signal.SIGTERM])[0])  # of several processes, not each need have got the signal
     print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
 
 

@@ -1,9 +1,11 @@
 """The specification of moco.py, section by section: every test's name is the sentence that it proves."""
 
+import builtins
 import contextlib
 import copy
 import csv
 import dataclasses
+import dis
 import io
 import json
 import math
@@ -235,6 +237,14 @@ class TestData:
         assert isinstance(data.train, InMemory) and torch.equal(data.train.labels, streamed.train.labels)
         for image, path in zip(data.train.images, streamed.train.paths, strict=True):
             assert torch.equal(image, tvf.pil_to_tensor(default_loader(os.fsdecode(path))))
+
+    def test_what_is_wrong_but_the_size_is_not_said_to_be_the_size(self, folder, monkeypatch):
+        def fail(*_):
+            raise RuntimeError("can't allocate memory")
+
+        monkeypatch.setattr(moco.Folder, "batches", fail)
+        with pytest.raises(RuntimeError, match="allocate"):
+            moco.load_data(Config(data=str(folder / "train"), cache=True, workers=0), CPU)
 
     def test_images_in_memory_are_trained_on_whole(self):
         views = SplitTwoViews(Augment(size=16))
@@ -1257,7 +1267,7 @@ class TestCheckpoints:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(torch if moment == "save" else moco.os, moment, fail)
-        with pytest.raises(UserError, match=r"--out .*c.pt: not written .*No space left on device.* whole$"):
+        with pytest.raises(UserError, match=r"^.*c.pt: not written .*No space left on device.* whole$"):
             moco.save_checkpoint(path, {"step": 2})
         assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [tmp_path / "c.pt"]
 
@@ -1554,6 +1564,10 @@ class TestExport:
         )
         assert run("export", "ckpt.pt", "backbone.pt", "--overwrite")[0] == 0
 
+    def test_linear_needs_no_neighbours(self, few, run, checkpoint):
+        torch.save({**checkpoint, "config": {**checkpoint["config"], "knn_k": 41}}, "ckpt.pt")
+        assert run("linear", "ckpt.pt")[0] == 0 and run("knn", "ckpt.pt")[0] == 2
+
     def test_linear_prints_an_accuracy_and_the_settings_that_made_it(self, few, run, checkpoint):
         torch.save(checkpoint, "ckpt.pt")
         first, again = (json.loads(run("linear", "ckpt.pt", "--json")[1]) for _ in "12")
@@ -1651,6 +1665,22 @@ class TestNeverLosingARun:
         list(training(tmp_path))
         assert saves == [3, 5, 8, 10]
 
+    @pytest.mark.parametrize("out, log", [("c.pt", "c.csv"), ("m0.99", "m0.99.csv"), ("c.csv", "c.csv.csv")])
+    def test_the_csv_lies_beside_the_checkpoint_under_a_name_of_its_own(self, few, tmp_path, out, log):
+        list(moco.Run(config := tiny_config(out=str(tmp_path / out), epochs=1)).train())
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out, log])
+        (tmp_path / out).unlink()
+        with pytest.raises(UserError, match=f"^--out .*{log}: exists already"):
+            moco.Run(config)
+
+    def test_groups_of_one_image_a_process_are_refused(self, few, tmp_path, monkeypatch):
+        config = tiny_config(out=str(tmp_path / "c.pt"), batch_size=4)
+        data = moco.load_data(config, CPU)
+        moco.check_run(config, data)
+        monkeypatch.setattr(moco, "ranks", lambda: (0, 2))
+        with pytest.raises(UserError, match="^--batch-size 4: .* twice up, of 2 processes"):
+            moco.check_run(config, data)
+
     @pytest.mark.parametrize("where", ["loss", "weights"])
     def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
         self, few, tmp_path, monkeypatch, where
@@ -1731,7 +1761,7 @@ class TestNeverLosingARun:
         steps = training(home)
         next(steps)
         shutil.rmtree(home)
-        with pytest.raises(UserError, match="^--out .*c.pt: not written .*No such file"):
+        with pytest.raises(UserError, match="^.*c.pt: not written .*No such file"):
             list(steps)
 
     def test_litter_of_a_killed_save_is_removed_at_the_next_start(self, few, tmp_path):
@@ -1924,6 +1954,18 @@ class TestCommandLine:
             assert status == 2 and out == "" and words in err and err.count("\n") == 1
         assert run("knn", "none.pt")[2] == "moco: none.pt: No such file or directory\n"
 
+    def test_a_process_that_another_ones_signal_stops_ends_as_if_it_had_got_it(self, few, run, monkeypatch):
+        monkeypatch.setattr(moco.Run, "train", lambda run, stop: iter(()))
+        assert run("train", *"--preset tiny --batch-size 8 --knn-k 5 --device cpu".split())[0] == 143
+
+    def test_a_place_that_takes_no_file_costs_a_line(self, run, checkpoint):
+        torch.save(checkpoint, "ckpt.pt")
+        status, _, err = run("export", "ckpt.pt", "ckpt.pt/x.pt")
+        assert status == 2 and err.startswith("moco: ckpt.pt/x.pt: not written (") and err.count("\n") == 1
+
+    def test_an_argument_has_its_own_help(self, run):
+        assert "file to write; -: stdout" in run("export", "--help")[1]
+
     def test_an_existing_checkpoint_is_replaced_when_asked(self, few, run):
         Path("ckpt.pt").write_text("old")
         status, *_ = run(
@@ -2006,6 +2048,18 @@ class TestCommandLine:
         code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import moco"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @pytest.mark.parametrize("section", range(1, 10))
+    def test_every_section_can_be_cut_out_with_those_above_it(self, section):
+        text = "".join(re.split(r"(?m)^(?=# ─)", Path(moco.__file__).read_text())[: section + 1])
+        scope = {"__name__": "part"}
+        exec(code := compile(text, "part", "exec"), scope)
+        todo, used = [code], set()
+        while todo:
+            part = todo.pop()
+            todo += [constant for constant in part.co_consts if hasattr(constant, "co_code")]
+            used |= {i.argval for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"}
+        assert len(used) > 20 and used <= scope.keys() | set(dir(builtins)), used - scope.keys() - set(dir(builtins))
 
 
 class TestTheTests:
