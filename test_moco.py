@@ -2059,7 +2059,7 @@ class TestCommandLine:
             part = todo.pop()
             todo += [constant for constant in part.co_consts if hasattr(constant, "co_code")]
             used |= {i.argval for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"}
-        assert len(used) > 20 and used <= scope.keys() | set(dir(builtins)), used - scope.keys() - set(dir(builtins))
+        assert len(used) > 15 and used <= scope.keys() | set(dir(builtins)), used - scope.keys() - set(dir(builtins))
 
 
 class TestTheTests:
