@@ -92,6 +92,11 @@ class TestConfig:
             "v2": dict(batch_size=256, lr=0.03, wd=1e-4, moco_k=65536, moco_m=0.999, moco_t=0.2, moco_dim=128,
                        mlp=True, cos=True, arch="resnet50", stem="imagenet", bn_splits=1, aug="v2", size=224,
                        epochs=200),
+            "tiny": dict(data="shapes", width=0.25, bn_splits=2, moco_k=256, moco_m=0.99, moco_t=0.1, aug="v1",
+                         epochs=9, batch_size=64, lr=0.06, wd=5e-4, knn_k=20, knn_every=5, arch="resnet18"),
+            "cpu": dict(size=24, eval_size=32, cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024,
+                        mlp_bn=True, moco_k=256, moco_m=0.9, moco_t=0.1, batch_negatives=True, epochs=30, lr=0.06,
+                        batch_size=256, optimizer="muon", warmup_epochs=1.5, knn_every=0, aug="cifar"),
         }.items(),
     )  # fmt: skip
     def test_a_preset_holds_the_hyper_parameters_of_record(self, preset, record):
@@ -133,6 +138,10 @@ class TestConfig:
         assert torch.equal(draw(generator=rng("x", a)), draw(generator=rng("x", a)))
         assert torch.equal(draw(generator=rng("x", a)), draw(generator=rng("x", b))) == (a == b)
         assert not torch.equal(draw(generator=rng("x", a)), draw(generator=rng("y", a)))
+
+    def test_every_part_of_a_generators_key_counts_and_in_its_place(self):
+        keys = [("crop", a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+        assert len({torch.rand(1, generator=rng(*key), dtype=torch.float64).item() for key in keys}) == 8
 
 
 class TestData:
@@ -188,6 +197,27 @@ class TestData:
         (folder / "val").rename(folder / "test")
         assert len(moco.load_data(Config(data=str(folder)), CPU).test) == 8
 
+    def test_val_goes_before_test_and_its_classes_bear_trains_numbers(self, folder):
+        shutil.copytree(folder / "val", folder / "test")
+        shutil.rmtree(folder / "val" / "dark")
+        test = moco.load_data(Config(data=str(folder)), CPU).test
+        assert test.labels.tolist() == [1] * 4 and all(b"/val/" in path for path in test.paths)
+
+    def test_images_are_found_through_links_and_whatever_the_case_of_their_suffix(self, folder, tmp_path):
+        (folder / "train" / "dark" / "0.png").rename(folder / "train" / "dark" / "0.PNG")
+        (tmp_path / "linked").symlink_to(folder / "train")
+        (tmp_path / "all").mkdir()
+        (tmp_path / "linked").rename(tmp_path / "all" / "linked")
+        assert len(moco.load_data(Config(data=str(tmp_path / "all")), CPU).train) == 20
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+    def test_grey_transparent_and_palette_images_are_read_as_rgb(self, tmp_path, mode):
+        image = tvf.to_pil_image(images_of(1)[0]).convert(mode)
+        image.save(tmp_path / "0.png")
+        data = moco.load_data(Config(data=str(tmp_path), workers=0), CPU)
+        (batch,) = data.train.batches([(0, torch.tensor([0]))], moco.whole)
+        assert torch.equal(batch[0], tvf.pil_to_tensor(image.convert("RGB")))
+
     def test_any_other_tree_is_all_its_images_without_labels(self, folder):
         (folder / "train" / "notes.txt").write_text("no image")
         data = moco.load_data(Config(data=str(folder / "train")), CPU)
@@ -230,6 +260,7 @@ class TestData:
     def test_a_cached_folder_is_held_in_memory_as_it_was_decoded(self, folder):
         with pytest.raises(UserError, match="^--cache: the images differ in size"):
             moco.load_data(Config(data=str(folder), cache=True, workers=0), CPU)
+        (folder / "train" / "dark" / "0.png").unlink()
         for path in folder.rglob("*.png"):
             tvf.to_pil_image(images_of(1, seed=int(path.stem))[0]).save(path)
         data = moco.load_data(Config(data=str(folder), cache=True, workers=1), CPU)
@@ -280,6 +311,15 @@ class TestViews:
         for a, b in zip(ours.T, theirs.T, strict=True):
             assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / n)  # false alarm: 1 in 1000 each, seeds are fixed
 
+    def test_a_crops_place_area_and_ratio_are_independent(self):
+        top, left, h, w = moco.crop_boxes(draws(rng(1), 4000, 4, 10), 200, 200, (0.08, 0.5)).double().T
+        drawn = torch.stack([top / (200 - h), left / (200 - w), h * w, (h / w).log()])
+        assert uncorrelated(drawn)
+
+    def test_where_no_crop_fits_it_is_the_centre_of_ratio_4_to_3_either_way(self):
+        lies, stands = (moco.crop_boxes(torch.full((1, 4, 10), 0.5), *hw, (1, 1)) for hw in ((10, 100), (100, 10)))
+        assert lies.tolist() == [[0, 43, 10, 13]] and stands.tolist() == [[43, 0, 13, 10]]
+
     @pytest.mark.parametrize("operation, name", list(enumerate(("brightness", "contrast", "saturation"))))
     @given(seed=SEEDS, factors=st.lists(st.floats(0, 2), min_size=2, max_size=2))
     def test_a_blend_is_torchvisions_adjustment(self, operation, name, seed, factors):
@@ -328,6 +368,7 @@ class TestViews:
             assert kolmogorov_smirnov(column, uniform) < 1.95 / math.sqrt(9600)  # false alarm: 1 in 1000
         counts = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
         assert len(counts) == 24 and ((counts - 400) ** 2 / 400).sum() < 49.7  # chi-squared, 23 degrees: 1 in 1000
+        assert uncorrelated(factors.T)
 
     def test_blur_draws_sigma_uniformly_image_by_image(self, monkeypatch):
         monkeypatch.setattr(moco, "gaussian_blur", lambda x, sigma: sigma)
@@ -346,6 +387,13 @@ class TestViews:
             > augment.normalise(torch.ones(1, 3, 1, 1)).max()
         )
         assert abs(taken.float().mean() - p) < 3.3 * math.sqrt(p * (1 - p) / 4000)  # false alarm: 1 in 1000
+
+    def test_steps_are_chosen_independently(self, monkeypatch):
+        for bit, name in enumerate(moco.STEPS):
+            monkeypatch.setitem(moco.STEPS, name, lambda x, draw, *_, bit=bit: x + 2**bit)
+        augment = Augment("v2", 1)
+        x = augment.restore(augment.finish(torch.zeros(4000, 3, 1, 1), rng(0)))[:, 0, 0, 0].round().long()
+        assert uncorrelated(torch.stack([(x >> bit & 1).double() for bit in range(4)]))
 
     @pytest.mark.parametrize(
         "aug, scale, steps",
@@ -397,6 +445,10 @@ class TestViews:
             pairs = [SplitTwoViews(Augment())(images, rng(seed)) for _ in range(2)]
             assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
+    def test_both_views_of_a_streamed_image_are_finished_by_draws_of_their_own(self):
+        x_q, x_k = SplitTwoViews(Augment("cifar", 32))(images_of(4)[None].expand(2, -1, -1, -1, -1), rng(0))
+        assert ((x_q - x_k).flatten(1).abs().amax(1) > 0.1).all()
+
     def test_of_streamed_crops_each_view_finishes_its_own(self):
         pair = torch.stack([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 255)]).byte()
         augment = Augment("cifar", 8)
@@ -408,7 +460,9 @@ class TestViews:
         x = torch.rand(2, 3, 4, 4)
         recipe = moco.RECIPES["cifar"]
         close(Augment("cifar").normalise(x), tvf.normalize(x, list(recipe.mean), list(recipe.std)))
-        assert moco.RECIPES["v1"].mean == moco.RECIPES["v2"].mean == (0.485, 0.456, 0.406)
+        assert all(moco.RECIPES[name].mean == (0.485, 0.456, 0.406) for name in ("v1", "v2"))
+        assert all(moco.RECIPES[name].std == (0.229, 0.224, 0.225) for name in ("v1", "v2"))
+        assert (recipe.mean, recipe.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
     def test_evaluation_takes_the_whole_small_image_and_the_centre_of_a_large_one(self):
         images = images_of(2)
@@ -436,12 +490,17 @@ def kolmogorov_smirnov(a, b):
     return (below[0] - below[1]).abs().max()
 
 
+def uncorrelated(rows):
+    """Tell whether no two rows of samples are correlated; false alarm: 1 in 1000 for six pairs."""
+    return (rows.corrcoef() - torch.eye(len(rows))).abs().max() < 3.9 / math.sqrt(rows.shape[1])
+
+
 class TestEncoder:
     @given(SEEDS, st.integers(1, 4), st.integers(2, 4), st.integers(1, 3), st.booleans())
     def test_split_batch_norm_is_a_batch_norm_for_each_contiguous_group(self, seed, splits, size, channels, affine):
         torch.manual_seed(seed)
         x = torch.randn(splits * size, channels, 2, 3, dtype=torch.float64, requires_grad=True)
-        ours = SplitBatchNorm(channels, splits, affine=affine, momentum=0.3).double()
+        ours = SplitBatchNorm(channels, splits, affine=affine, momentum=0.3, eps=0.1).double()
         for p in ours.parameters():
             nn.init.normal_(p)
         plain = [copy_of(ours) for _ in range(splits)]
@@ -551,6 +610,11 @@ class TestEncoder:
         close(features, maps[0].mean((2, 3)))
         close(encoder(torch.zeros(4, 3, 32, 32)), encoder.fc(encoder.features(torch.zeros(4, 3, 32, 32))))
 
+    def test_convolutions_start_from_hes_normal_distribution_of_their_fan_out(self):
+        for conv in (m for m in ResNetEncoder().modules() if isinstance(m, nn.Conv2d)):
+            deviation = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+            assert abs(conv.weight.std() / deviation - 1) < 0.1 and conv.bias is None
+
     def test_every_batch_norm_of_the_encoder_is_split(self):
         norms = [
             m for m in ResNetEncoder("resnet50", width=0.125, bn_splits=3).modules() if isinstance(m, nn.BatchNorm2d)
@@ -560,7 +624,7 @@ class TestEncoder:
 
 def copy_of(bn):
     """Return torch's own BatchNorm2d with the options and the state of ours."""
-    plain = nn.BatchNorm2d(bn.num_features, affine=bn.affine, momentum=bn.momentum).to(bn.running_mean)
+    plain = nn.BatchNorm2d(bn.num_features, bn.eps, bn.momentum, bn.affine).to(bn.running_mean)
     plain.load_state_dict(bn.state_dict())
     return plain
 
@@ -745,6 +809,12 @@ class TestMoCo:
         gradients = [torch.autograd.grad(x, model.encoder_q.weight)[0] for x in (actual, expected)]
         close(actual, expected, atol=1e-9)
         close(*gradients, atol=1e-8)
+
+    def test_embeddings_are_unit_rows_in_float32_under_autocast(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = moco.embed(nn.Linear(5, 4), torch.randn(9, 5))
+        assert z.dtype == torch.float32
+        close(z.norm(dim=1), torch.ones(9), atol=1e-6)
 
     def test_gradients_reach_the_query_encoder_alone(self):
         model = linear_moco()
@@ -1019,6 +1089,19 @@ class TestEvaluation:
         moco.accuracy(ResNetEncoder(width=0.125), moco.Data(split, split, 1), config, torch.no_grad)
         assert sides == [side, side]
 
+    def test_images_are_evaluated_by_the_runs_recipe(self):
+        split, augment = InMemory(images_of(3, 40, 48), None), Augment("v2", 24)
+        config = tiny_config(aug="v2", size=24)
+        features = moco.frozen_features(nn.Flatten(), split, config, torch.no_grad, head=True)
+        close(features, augment.normalise(augment.centre(split.images) / 255).flatten(1))
+
+    def test_knn_votes_by_the_options_given(self, monkeypatch):
+        seen, split = [], InMemory(images_of(10), torch.zeros(10).long())
+        monkeypatch.setattr(moco, "knn_predict", lambda *a: seen.append(a[3:]) or torch.zeros(10))
+        config = tiny_config(knn_k=3, knn_t=0.37)
+        moco.accuracy(ResNetEncoder(width=0.125), moco.Data(split, split, 1), config, torch.no_grad)
+        assert seen == [(1, 3, 0.37)]
+
     def test_the_backbones_features_are_compared_or_the_heads_output(self, monkeypatch):
         encoder, seen = ResNetEncoder(width=0.125, dim=5), []
         split = InMemory(images_of(10), torch.zeros(10).long())
@@ -1038,6 +1121,7 @@ class TestEvaluation:
         loss = -likelihood.log().mean() + 0.005 * (weight**2).sum()
         assert all(gradient.abs().max() < 1e-3 for gradient in torch.autograd.grad(loss, (weight, bias)))
         assert torch.equal(linear.weight, moco.fit_linear(x, y, classes, decay=0.01).weight)
+        assert torch.equal(moco.fit_linear(x, y, classes).weight, moco.fit_linear(x, y, classes, decay=1e-4).weight)
 
     def test_the_linear_classifier_sees_standardised_features(self, monkeypatch):
         seen = []
@@ -1096,7 +1180,7 @@ class TestEvaluation:
         data.test = data.test if labelled else None
         queries = data.test or data.train
         x, bank = (F.normalize(split.images.flatten(1).double(), dim=1) for split in (queries, data.train))
-        images, colours = moco.draw_neighbours(None, data, tiny_config(seed=4), None)
+        images, colours = moco.draw_neighbours(None, data, tiny_config(seed=4, size=24, eval_size=32), None)
         assert images.shape == (10, 11, 3, 32, 32) and (colours is not None) == labelled
         for row, i in enumerate(torch.randperm(len(queries), generator=rng("picture", 4))[:10].tolist()):
             nearest = sorted(set(range(40)) - (set() if labelled else {i}), key=lambda j: -(x[i] @ bank[j]).item())[:10]
@@ -1302,6 +1386,14 @@ class TestCheckpoints:
         status, out, _ = run("knn", "moco.pth.tar", *f"--data {folder} --knn-k 3 --workers 0 --size 32 --json".split())
         assert status == 0 and json.loads(out)["queries"] == 8
 
+    @pytest.mark.parametrize("stem, shown", [("imagenet", (224, "v2")), ("cifar", (32, "cifar"))])
+    def test_an_official_checkpoint_is_evaluated_as_its_stem_was_trained(self, image_folder, run, stem, shown):
+        weights = ResNetEncoder(width=0.125, stem=stem).state_dict()
+        names = {f"module.encoder_q.{k}": v for k, v in weights.items()}
+        torch.save({"epoch": 1, "arch": "resnet18", "state_dict": names}, "official.pt")
+        config = moco.reopen("official.pt", {"data": str(image_folder)})[2]
+        assert (config.size, config.aug) == shown
+
     def test_a_resnet50_of_ours_satisfies_the_official_linear_classifiers_loader(self):
         model = moco.build_model(tiny_config(arch="resnet50", stem="imagenet", width=1.0), 8)
         prefix = "module.encoder_q."
@@ -1398,6 +1490,26 @@ class TestTraining:
         assert len(first.unique()) == len(first) == n // 8 * 8 and first.max() < n
         assert not torch.equal(first, second)
 
+    def test_another_seed_gives_another_order(self):
+        one, two = ([i.tolist() for _, i in moco.batch_keys(40, tiny_config(seed=seed))] for seed in (1, 2))
+        assert one != two
+
+    @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
+    def test_a_model_is_built_as_configured_and_no_global_generator_moves(self, method):
+        options = dict(moco_t=0.37, moco_k=48, moco_m=0.625, bank_m=0.375, mlp_dim=24, moco_dim=12)
+        state = torch.get_rng_state()
+        model = moco.build_model(tiny_config(method=method, **options), 8)
+        expected = {"T": 0.37, "K": 48, "m": 0.375 if method == "memory-bank" else 0.625}
+        assert all(getattr(model, name, value) == value for name, value in expected.items())
+        assert [layer.out_features for layer in model.encoder_q.fc[::2]] == [24, 12]
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_a_run_makes_its_views_as_configured(self, few, tmp_path):
+        config = tiny_config(out=str(tmp_path / "c.pt"), aug="v2", size=24, min_crop=0.5, seed=7)
+        augment = (views := moco.Run(config).split_two_views).augment
+        assert (views.seed, augment.size, augment.scale) == (7, 24, (0.5, 1))
+        assert augment.recipe is moco.RECIPES["v2"]
+
     def test_a_run_is_sgd_on_the_loss_of_two_views(self, few, float64, tmp_path):
         config = tiny_config(out=str(tmp_path / "c.pt"), lr=0.03, wd=1.0, batch_size=8, epochs=1)
         steps = list(moco.Run(config).train())
@@ -1447,6 +1559,20 @@ class TestTraining:
         )
         assert float(table[0]["lr"]) == 0.06 and not list(tmp_path.glob("*.tmp"))
         assert (loaded := moco.load_checkpoint(str(tmp_path / "c.pt")))["epoch"] == 5 and loaded["step"] == 25
+
+    def test_a_row_tells_the_epochs_seconds_and_images_a_second_also_of_a_resumed_run(self, few, tmp_path, monkeypatch):
+        now, step = [0.0], moco.Run.take_step
+        wait = lambda seconds, result: now.append(now[-1] + seconds) or result  # noqa: E731
+        monkeypatch.setattr(moco.time, "perf_counter", lambda: now[-1])
+        monkeypatch.setattr(moco.Run, "take_step", lambda *a: wait(2, step(*a)))
+        monkeypatch.setattr(moco, "accuracy", lambda *_: wait(7, 50.0))
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), knn_every=2, epochs=3))
+        list(run.train(lambda: run.step == 8))
+        now.append(1000.0)
+        *_, last = training(tmp_path, knn_every=2, epochs=3, resume=True)
+        with open(tmp_path / "c.csv", newline="") as file:
+            table = [[float(row[name]) for name in ("images_per_s", "seconds")] for row in csv.DictReader(file)]
+        assert table == [[4, 10], [4, 17], [4, 17]] and "ETA 0:00:34" in moco.describe(last.row, Config(epochs=5))
 
     def test_a_rows_loss_is_the_mean_of_its_epoch(self, few, tmp_path):
         steps = list(training(tmp_path))
@@ -1511,6 +1637,13 @@ class TestTraining:
     def test_unlabelled_images_train_without_knn(self, folder, tmp_path):
         *_, last = training(tmp_path, data=str(folder / "train"), size=16)
         assert last.row["knn"] is None
+
+    def test_by_itself_it_takes_cuda_then_mps_then_the_cpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+            monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+            assert moco.pick_device(Config())[0].type == expected
 
     def test_the_device_and_its_precision_are_those_asked_for(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1605,9 +1738,9 @@ class TestNeverLosingARun:
     def test_a_signal_ends_the_step_saves_and_prints_the_command_that_resumes(
         self, image_folder, undisturbed, tmp_path, number, status
     ):
-        begun = start(arguments(image_folder, "--out", "cut.pt"), tmp_path)
+        begun = start(arguments(image_folder, "--out", "cut.pt", "--workers", "1"), tmp_path)
         begun.stdout.readline()
-        begun.send_signal(number)
+        os.killpg(begun.pid, number)  # as a terminal does, workers included
         out, err = begun.communicate()
         match = re.search(r"^stopped after step (\d+); to go on: python moco.py (.*)$", out, re.M)
         assert begun.returncode == status and err == "" and int(match[1]) < 30
@@ -1717,6 +1850,10 @@ class TestNeverLosingARun:
         steps = list(training(tmp_path, resume=True, **options))
         assert [p.step for p in steps] == ([11, 12, 13, 14, 15] if "epochs" in options else [])
 
+    def test_resume_may_change_these_alone(self):
+        free = "data root eval_size workers epochs lr wd cos schedule device precision compile knn_every knn_k knn_t"
+        assert set(moco.RESUMABLE) == {*free.split(), "out", "overwrite", "resume", "save_every_steps", "tensorboard"}
+
     @pytest.mark.parametrize("name, value, old", [
         ("arch", "resnet34", "resnet18"), ("moco_dim", 8, 16), ("moco_k", 64, 32), ("seed", 1, 0), ("batch_size", 4, 8),
         ("epochs", 1, 2), ("moco_m", 0.9, 0.99), ("size", 24, 32), ("aug", "v2", "cifar"), ("width", 0.25, 0.125),
@@ -1780,7 +1917,8 @@ def arguments(folder, *options):
 
 
 def start(command, place):
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=place, start_new_session=True, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -1973,6 +2111,41 @@ class TestCommandLine:
         )
         assert status == 0 and moco.load_checkpoint("ckpt.pt")["epoch"] == 1
 
+    @pytest.mark.parametrize(
+        "command, expected",
+        [
+            ("knn", (False, False)),
+            ("knn --head", (True, False)),
+            ("linear", (False, True)),
+            ("linear --head", (True, True)),
+        ],
+    )
+    def test_a_command_measures_what_it_says(self, few, run, checkpoint, monkeypatch, command, expected):
+        torch.save(checkpoint, "ckpt.pt")
+        monkeypatch.setattr(moco, "accuracy", lambda e, d, c, a, head, linear: 100.0 * ((head, linear) == expected))
+        assert " 100.00 % (" in run(*command.split(), "ckpt.pt")[1]
+
+    @pytest.mark.parametrize("command, names", [
+        ("knn", "data root size eval-size workers cache aug device precision knn-k knn-t head json"),
+        ("linear", "data root size eval-size workers cache aug device precision head json"),
+        ("export", "overwrite"),
+        ("views", "preset data root size workers aug min-crop seed overwrite"),
+        ("neighbors", "data root size eval-size workers cache aug device precision seed overwrite"),
+    ])  # fmt: skip
+    def test_a_command_has_these_options(self, run, monkeypatch, command, names):
+        monkeypatch.setenv("COLUMNS", "200")
+        assert set(re.findall(r"--([a-z-]+)", run(command, "--help")[1])) - {"help"} >= set(names.split())
+
+    def test_a_terminal_sees_where_the_run_stands(self, monkeypatch, capsys):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(moco.time, "monotonic", iter(range(9, 99, 9)).__next__)
+        row = dict(epoch=2, loss=0.25, lr=0.1, knn=12.5, images_per_s=88.0, seconds=3.0)
+        steps = [moco.Progress(i, 4, torch.tensor(1 / i), 0.5 / i, row if i == 4 else None) for i in (1, 2, 3, 4)]
+        moco.show(steps, Config(epochs=2))
+        text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+        assert "epoch 2 loss 0.250 lr 0.1250" in text and "epoch 3" not in text
+        assert "epoch 2/2  loss 0.2500  lr 0.1  88 images/s  ETA 0:00:00  kNN 12.50 %" in text
+
     def test_every_option_of_config_is_a_flag_with_its_help(self, run, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         status, out, _ = run("train", "--help")
@@ -2016,7 +2189,11 @@ class TestCommandLine:
             def __init__(self, folder):
                 assert folder == "events"
 
-            __enter__ = __exit__ = lambda self, *_: self
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
 
             def add_scalar(self, name, value, epoch):
                 written.append((str(epoch), name, str(value)))
