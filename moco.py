@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "cpu": dict(
         size=24, eval_size=32, cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024, mlp_bn=True,
-        moco_k=256, moco_m=0.9, batch_negatives=True, epochs=30, batch_size=256, optimizer="muon",
+        moco_k=256, moco_m=0.9, batch_negatives=True, min_crop=0.2, epochs=44, batch_size=256, optimizer="muon",
         warmup_epochs=1.5, knn_every=0,
     ),
 }  # fmt: skip
@@ -1203,7 +1203,7 @@ def check_run(config: Config, data: Data) -> None:
             raise UserError(f"--out {path}: exists already; give --resume to go on, --overwrite, or another --out")
     groups = ranks()[1] * config.bn_splits
     if config.batch_size % groups or config.batch_size < 2 * groups:
-        rule = f"must be a multiple, from twice up, of {ranks()[1]} processes times --bn-splits {config.bn_splits}"
+        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}, from twice up"
         raise UserError(f"--batch-size {config.batch_size}: {rule}")
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
