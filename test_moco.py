@@ -742,6 +742,19 @@ OPERATIONS = {  # of images x (8,3,24,24) in [0,1]
 }
 
 
+def cuda_can_be_pretended():
+    """Tell whether fake CUDA tensors can be indexed without a driver, which torch 2.6 does not allow."""
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device="cuda")[:, None]
+    except RuntimeError:
+        return False
+    return True
+
+
+pretended_cuda = pytest.mark.skipif(not cuda_can_be_pretended(), reason="this torch wants CUDA even of fake tensors")
+
+
 class TestMoCo:
     def test_the_queue_starts_as_unit_columns_and_the_key_encoder_as_an_equal_copy(self):
         model = MoCo(nn.Linear(5, 16), dim=16, K=7)
@@ -852,6 +865,7 @@ class TestMoCo:
         close(keys[order], expected)
         assert not torch.allclose(keys, F.normalize(encoder(x), dim=1))
 
+    @pretended_cuda
     @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
     @pytest.mark.parametrize(
         "options",
@@ -2257,6 +2271,7 @@ class TestTheTests:
         assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / n) < kolmogorov_smirnov(a, b**1.2)
         assert kolmogorov_smirnov(a, a) == 0 and kolmogorov_smirnov(a, a + 2) == 1
 
+    @pretended_cuda
     @pytest.mark.filterwarnings("ignore:CUDA is not available")
     @pytest.mark.parametrize(
         "bad",
