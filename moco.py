@@ -115,9 +115,7 @@ class Config:
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     overwrite: Annotated[bool, "replace a file that exists"] = False
     resume: Annotated[bool, "go on from where --out stopped, with its options"] = False
-    save_every_steps: Annotated[
-        int, "steps between saves, beside those after every epoch and five minutes", NATURAL
-    ] = 0
+    save_every_steps: Annotated[int, "steps between saves, beside an epoch's end and five minutes", NATURAL] = 0
     tensorboard: Annotated[str, "folder for TensorBoard's files of the epochs, if that package is installed"] = ""
 
     @classmethod
@@ -1107,9 +1105,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-OWN_BUFFERS = (
-    "forward_sync_buffers"  # what has DistributedDataParallel copy rank 0's buffers at each step; we forbid it
-)
+# DistributedDataParallel would give all processes rank 0's buffers at each step; this option forbids it.
+OWN_BUFFERS = "forward_sync_buffers"
 if OWN_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     OWN_BUFFERS = "broadcast_buffers"  # before torch 2.15
 
@@ -1359,9 +1356,7 @@ class Run:
                 Path(f"{config.out}.tmp").unlink(missing_ok=True)
                 write_rows(log, self.rows)
             self.began = time.perf_counter() - self.seconds
-            keys, again = (
-                itertools.islice(batch_keys(len(self.data.train), config), self.step, None) for _ in range(2)
-            )
+            keys, again = itertools.tee(itertools.islice(batch_keys(len(self.data.train), config), self.step, None))
             batches = self.data.train.batches(keys, self.split_two_views.two_crops)
             for images, (_, indices) in zip(batches, again):
                 progress = self.take_step(images, indices)
@@ -1447,7 +1442,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_new(out: str, options: dict[str, Any]) -> None:
-    """Raise UserError if a file is in the way of a command's output."""
+    """Raise UserError if a command's output has no place, or a file in its way, before any work is done."""
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
+        raise UserError(f"{out}: must be a file in a folder that exists")
     if Path(out).exists() and not options["overwrite"]:
         raise UserError(f"{out}: exists already; give --overwrite to replace it")
 
@@ -1524,12 +1521,16 @@ def working(text: str) -> contextlib.AbstractContextManager:
 
 
 def recorded(run: Iterable[Progress], folder: str) -> Iterator[Progress]:
-    """Write each epoch's row into TensorBoard's files, too. Raises UserError where that package is missing."""
+    """Write each epoch's row into TensorBoard's files, too. Raises UserError without that package or a folder."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder)
+    except OSError as error:
+        raise UserError(f"--tensorboard {folder}: cannot be written to ({error.strerror})") from error
     except ImportError as error:
         raise UserError("--tensorboard: needs a package of that name: pip install tensorboard") from error
-    with SummaryWriter(folder) as writer:
+    with writer:
         for progress in run:
             for name, value in (progress.row or {}).items():
                 if name != "epoch" and value is not None:

@@ -1133,7 +1133,7 @@ class TestEvaluation:
         probability = (x @ weight.T + bias).exp()
         likelihood = probability[torch.arange(60), y] / probability.sum(1)
         loss = -likelihood.log().mean() + 0.005 * (weight**2).sum()
-        assert all(gradient.abs().max() < 1e-3 for gradient in torch.autograd.grad(loss, (weight, bias)))
+        assert all(gradient.abs().max() < 5e-4 for gradient in torch.autograd.grad(loss, (weight, bias)))
         assert torch.equal(linear.weight, moco.fit_linear(x, y, classes, decay=0.01).weight)
         assert torch.equal(moco.fit_linear(x, y, classes).weight, moco.fit_linear(x, y, classes, decay=1e-4).weight)
 
@@ -2113,8 +2113,11 @@ class TestCommandLine:
 
     def test_a_place_that_takes_no_file_costs_a_line(self, run, checkpoint):
         torch.save(checkpoint, "ckpt.pt")
-        status, _, err = run("export", "ckpt.pt", "ckpt.pt/x.pt")
-        assert status == 2 and err.startswith("moco: ckpt.pt/x.pt: not written (") and err.count("\n") == 1
+        for place in ("ckpt.pt/x.pt", "no/x.pt", "."):
+            expected = f"moco: {place}: must be a file in a folder that exists\n"
+            assert run("export", "ckpt.pt", place)[::2] == run("neighbors", "ckpt.pt", place)[::2] == (2, expected)
+        with pytest.raises(UserError, match=r"^ckpt.pt/x.pt: not written \("):
+            moco.write_file("ckpt.pt/x.pt", None)
 
     def test_an_argument_has_its_own_help(self, run):
         assert "file to write; -: stdout" in run("export", "--help")[1]
@@ -2220,6 +2223,12 @@ class TestCommandLine:
             "moco: --tensorboard: needs a package of that name: pip install tensorboard\n",
         )
         assert not list(Path().iterdir())
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=os.mkdir))
+        Path("events").touch()
+        assert run("train", *options.split())[::2] == (
+            2,
+            "moco: --tensorboard events: cannot be written to (File exists)\n",
+        )
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
         assert run("train", *options.split())[0] == 0
         with open("ckpt.csv", newline="") as file:
