@@ -39,6 +39,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TextIO, get_args, get_origin, get_type_hints
 
+if __name__ == "__main__":
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds of torch's import: no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1668,4 +1671,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     main()

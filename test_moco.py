@@ -2250,6 +2250,12 @@ class TestCommandLine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
+    def test_ctrl_c_during_the_imports_ends_without_a_traceback(self, tmp_path):
+        shutil.copy(MOCO, tmp_path)
+        (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+        done = subprocess.run([sys.executable, tmp_path / "moco.py"], capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
     @pytest.mark.parametrize("section", range(1, 10))
     def test_every_section_can_be_cut_out_with_those_above_it(self, section):
         text = "".join(re.split(r"(?m)^(?=# ─)", Path(moco.__file__).read_text())[: section + 1])
