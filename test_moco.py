@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import dis
+import inspect
 import io
 import json
 import math
@@ -37,6 +38,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.datasets.folder import default_loader
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import moco
 from moco import (
@@ -510,7 +512,7 @@ class TestEncoder:
         close(ours(x), expected, atol=1e-10, rtol=0)
         close(*gradients, atol=1e-9)
 
-    @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+    @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None])
     @pytest.mark.parametrize("splits", [1, 2, 5])
     def test_the_running_statistics_move_once_by_the_mean_of_the_groups(self, splits, momentum):
         ours, x = (
@@ -566,6 +568,17 @@ class TestEncoder:
         ours.load_state_dict(theirs.state_dict(), strict=True)
         x = torch.randn(2, 3, 64, 64)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("arch", moco.ARCHS)
+    def test_every_architecture_has_torchvisions_layers(self, arch):
+        build = {  # two that torchvision has no name for
+            "resnet10": partial(ResNet, BasicBlock, [1, 1, 1, 1]),
+            "resnext50_32x8d": partial(ResNet, Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=8),
+        }.get(arch, partial(torchvision.models.get_model, arch))
+        with torch.device("meta"):
+            ours, theirs = ResNetEncoder(arch, dim=1000, mlp=False, stem="imagenet"), build()
+        a, b = ([(name, x.shape) for name, x in model.state_dict().items()] for model in (ours, theirs))
+        assert a == b
 
     @pytest.mark.parametrize(
         "arch, width, millions",
@@ -2244,6 +2257,26 @@ class TestCommandLine:
             pass
         out, err = capsys.readouterr()
         assert out == "" and "reading" in err
+
+    def test_a_class_defaults_to_what_the_command_line_defaults_to(self):
+        named = dict(recipe="aug", dim="moco_dim", K="moco_k", m="moco_m", T="moco_t", num_splits="bn_splits")
+        defaults = {}
+        for cls in (
+            Augment,
+            SplitTwoViews,
+            SplitBatchNorm,
+            ResNetEncoder,
+            MoCo,
+            moco.EndToEnd,
+            moco.MemoryBank,
+            moco.SimCLR,
+        ):
+            for name, parameter in inspect.signature(cls).parameters.items():
+                if parameter.default is not parameter.empty:
+                    option = "bank_m" if (cls, name) == (moco.MemoryBank, "m") else named.get(name, name)
+                    defaults[cls.__name__, option] = parameter.default
+        assert defaults == {(cls, option): getattr(Config, option) for cls, option in defaults}
+        assert len(defaults) == 25
 
     def test_importing_moco_needs_torch_and_torchvision_alone_and_says_nothing(self):
         code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import moco"
