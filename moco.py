@@ -14,7 +14,8 @@ MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. A train
     every step begins with  θ_k ← m·θ_k + (1−m)·θ_q
     encoder_q's pooled features (N,D) ──► knn_predict                             Evaluation
 
-Shapes: N images a batch, S pixels a side of a view, D pooled features, C = dim of the embedding, K keys in the queue.
+Shapes: N images a batch (in each of P processes), M images in all, S pixels a side of a view, D pooled features,
+C = dim of the embedding, K keys in the queue.
 """
 
 import contextlib
@@ -63,11 +64,13 @@ class UserError(ValueError):
 
 # ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
 
+# What must hold of an option, and what is said if it does not.
 COUNT = (lambda value: value >= 1, "must be at least 1")
 NATURAL = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
 PART = (lambda value: 0 <= value <= 1, "must lie in [0, 1]")
-WIDTH = (lambda value: 1 / 8 <= value < 99, "must lie in [1/8, 99)")
+WIDTH = (lambda value: 1 / 8 <= value < 99, "must lie in [1/8, 99)")  # a group of a ResNeXt keeps one channel
+SEED = (lambda value: 0 <= value < 2**64, "must lie in [0, 2^64)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Config:
     mlp_dim: Annotated[int, "hidden units of that head; 0: as many as features", NATURAL] = 0
     mlp_bn: Annotated[bool, "BatchNorm between that head's layers, as in SimCLR and MoCo v3"] = False
     moco_dim: Annotated[int, "C, dimension of the embedding", COUNT] = 128
-    moco_k: Annotated[int, "K, keys in the queue", COUNT] = 4096
+    moco_k: Annotated[int, "K, keys in the queue, or slots drawn from the memory bank", COUNT] = 4096
     moco_m: Annotated[float, "m, momentum of the key encoder", PART] = 0.99
     moco_t: Annotated[float, "T, temperature of the loss", POSITIVE] = 0.1
     symmetric: Annotated[bool, "query with both views and add the two losses"] = False
@@ -108,7 +111,7 @@ class Config:
     warmup_epochs: Annotated[float, "epochs in which the learning rate rises linearly from 0", NATURAL] = 0.0
     cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
     schedule: Annotated[tuple[int, ...], "under --no-cos, the epochs that divide the rate by 10"] = (120, 160)
-    seed: Annotated[int, "of weights, order, views and shuffles", NATURAL] = 0
+    seed: Annotated[int, "of weights, order, views and shuffles", SEED] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
     precision: Annotated[Literal["auto", "bf16", "fp32"], "bf16 autocast; auto: if the hardware has it"] = "auto"
     compile: Annotated[bool, "torch.compile the encoders"] = False
@@ -127,9 +130,6 @@ class Config:
         return cls(**{**PRESETS.get(preset, {}), "preset": preset, **explicit})
 
     def __post_init__(self) -> None:
-        for name in ("symmetric", "batch_negatives"):
-            if getattr(self, name) and self.method != "moco":
-                raise UserError(f"{flag(name)}: --method {self.method} has no such form; give {flag('no_' + name)}")
         for name, hint in get_type_hints(Config, include_extras=True).items():
             value, (kind, _, *rules) = getattr(self, name), get_args(hint)
             if get_origin(kind) is Literal:
@@ -137,8 +137,11 @@ class Config:
             for holds, rule in rules:
                 if not holds(value):
                     raise UserError(f"{flag(name)} {value}: {rule}")
+        for name in ("symmetric", "batch_negatives"):
+            if getattr(self, name) and self.method != "moco":
+                raise UserError(f"{flag(name)}: --method {self.method} has no such form; give {flag('no_' + name)}")
         if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
-            rule = f"must be a multiple, from twice up, of --bn-splits {self.bn_splits}"
+            rule = f"must be a multiple of --bn-splits {self.bn_splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
 
 
@@ -172,18 +175,18 @@ def rng(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-# Under torchrun each of W processes holds its share of every batch, in the order of the ranks, and draws for the whole,
-# so that W processes do what one does. With one process `share` and `gathered` give back what they are given.
+# Under torchrun each of P processes holds its share of every batch, in the order of the ranks, and draws for the whole,
+# so that P processes do what one does. With one process `share` and `gathered` give back what they are given.
 
 
 def ranks() -> tuple[int, int]:
-    """Return this process's rank and the number W of processes."""
+    """Return this process's rank and the number P of processes."""
     joined = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def share(x: Tensor) -> Tensor:
-    """Return this process's rows of x (W·N,…): (N,…)."""
+    """Return this process's rows of x (P·N,…): (N,…)."""
     rank, size = ranks()
     return x.chunk(size)[rank]
 
@@ -194,7 +197,10 @@ def uniform(generator: torch.Generator, n: int, *shape: int) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """Concatenate all processes' rows, and sum what all processes' gradients say of one's own."""
+    """Concatenate all processes' rows; backwards, add up all processes' gradients and keep this process's rows.
+
+    A loss is the mean over a process's rows, and DistributedDataParallel divides the sum by P.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -204,13 +210,13 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd's own is not ours to overwrite
         dist.all_reduce(gradient)
         return share(gradient)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Return the rows (W·N,…) of all processes' x (N,…), in the order of the ranks."""
+    """Return the rows (P·N,…) of all processes' x (N,…), in the order of the ranks."""
     return Gather.apply(x.contiguous()) if ranks()[1] > 1 else x
 
 
@@ -232,9 +238,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, keys: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
-        """Yield for each key (epoch, indices) what `cut(images, epoch, indices)` makes of its images, all at once."""
-        for epoch, indices in keys:
+    def batches(self, plan: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
+        """Yield, for each (epoch, indices) of a plan, its images cut at once by `cut(images, epoch, indices)`."""
+        for epoch, indices in plan:
             yield cut(self.images[indices.to(self.images.device, non_blocking=True)], epoch, indices)
 
 
@@ -250,13 +256,13 @@ class Folder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batches(self, keys: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
-        """Yield for each key (epoch, indices) what `cut(image, epoch, index)` makes of its images: uint8 (…,N,3,S,S).
+    def batches(self, plan: Iterable[tuple[int, Tensor]], cut: Callable) -> Iterator[Tensor]:
+        """Yield, for each (epoch, indices) of a plan, its images cut by `cut(image, epoch, index)`: uint8 (…,N,3,S,S).
 
         Raises UserError for a file that is no image.
         """
         loader = DataLoader(
-            Decoder(self.paths, cut), None, sampler=keys, num_workers=self.workers, worker_init_fn=leave_signals,
+            Decoder(self.paths, cut), None, sampler=plan, num_workers=self.workers, worker_init_fn=leave_signals,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         for batch in loader:
@@ -273,19 +279,19 @@ def leave_signals(_: int) -> None:
 
 @dataclass
 class Decoder(Dataset):
-    """Decode and cut the images of a key (epoch, indices), in a worker."""
+    """Decode and cut a batch (epoch, indices), in a worker; return, not raise, the UserError of a file that is none."""
 
     paths: np.ndarray
     cut: Callable
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> Tensor | UserError:
-        epoch, indices = key
+    def __getitem__(self, batch: tuple[int, Tensor]) -> Tensor | UserError:
+        epoch, indices = batch
         cuts = []
         for i in indices.tolist():
             path = os.fsdecode(self.paths[i])
             try:
                 image = tvf.pil_to_tensor(default_loader(path))
-            except (OSError, SyntaxError, ValueError):  # returned: a DataLoader would wrap a raised one in a traceback
+            except Exception:  # whatever damaged bytes bring; a DataLoader would wrap what is raised in a traceback
                 return UserError(f"{path}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
         return torch.stack(cuts, dim=-4)  # (N,3,S,S), or (2,N,3,S,S) of two crops
@@ -293,7 +299,10 @@ class Decoder(Dataset):
 
 @dataclass
 class Data:
-    """Hold the images to train on, which are kNN's bank too, and those to test on: None without labels."""
+    """Hold the images to train on, which are kNN's bank too, those to test on, and how many classes they have.
+
+    Without labels there are none to test on.
+    """
 
     train: InMemory | Folder
     test: InMemory | Folder | None
@@ -348,27 +357,27 @@ def scan(config: Config, device: torch.device) -> Data:
 
 
 def whole(image: Tensor, epoch: int, index: int) -> Tensor:
-    """Leave an image as it is."""
+    """Leave an image as it is: a function with a name, for workers that are spawned."""
     return image
 
 
 def in_memory(folder: Folder) -> InMemory:
     """Decode a folder's images. Raises UserError if they differ in size."""
-    keys = ((0, indices) for indices in torch.arange(len(folder)).split(512))
+    plan = ((0, indices) for indices in torch.arange(len(folder)).split(512))
     try:
-        images = torch.cat(list(folder.batches(keys, whole)))
+        images = torch.cat(list(folder.batches(plan, whole)))
     except RuntimeError as error:  # torch's, of stacking, speaks of sizes
         if "size" not in str(error).lower():
             raise
         raise UserError("--cache: the images differ in size; stream them without it") from error
-    return InMemory(images, folder.labels if folder.labels is None else folder.labels.to(folder.device))
+    return InMemory(images, None if folder.labels is None else folder.labels.to(folder.device))
 
 
-FORMS: tuple[Callable, ...] = (  # of |u| and |v|, below 0 inside: disk, cross
+FORMS: tuple[Callable, ...] = (  # the signed distance of (|u|, |v|), in radii, from the edge: a disk, a cross
     lambda a, b: torch.hypot(a, b) - 0.9,
     lambda a, b: torch.minimum(torch.maximum(a - 0.35, b - 1), torch.maximum(b - 0.35, a - 1)),
 )
-TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves a unit, and of two phases, above 0 inked
+TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves a unit; a function of two phases, above 0 where there is ink
     (1.0, lambda u, v: torch.ones_like(u)),
     (1.5, lambda u, v: u.sin()),
     (2.0, lambda u, v: u.sin() * v.sin()),
@@ -380,7 +389,7 @@ TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves a unit, and of two pha
 def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
     """Draw n images uint8 (n,3,32,32) and labels (n,): two forms in five textures, all else at random.
 
-    Colours, place, size, rotation and ground vary; `split` seeds them.
+    Shades of grey, hardly tinted, place, size and rotation vary; `split` seeds them.
     """
     generator, images = rng("shapes", split), torch.empty(n, 3, 32, 32, dtype=torch.uint8)
     axis = (torch.arange(32) + 0.5) / 16 - 1
@@ -413,7 +422,7 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
 
 
 def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
-    """Turn u (N,4,10), uniform in [0,1), into boxes (N,4) of top, left, height, width as RandomResizedCrop draws them.
+    """Turn u (N,4,10), uniform in [0,1), into torchvision's RandomResizedCrop: boxes (N,4) of top, left, height, width.
 
     The area is uniform in `scale`, the logarithm of the ratio in ±log 4/3; the first of ten tries that fits
     counts, else the centre.
@@ -434,13 +443,14 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
 def resampling(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     """Write "cut [start, start+length) out of a line of pixels and resize it" as matrices (N,size,pixels).
 
-    The weights are those of bilinear interpolation with antialiasing: a triangle as wide as the larger pixel.
+    The weights are those of bilinear interpolation with antialiasing: a triangle that falls to 0 at a distance of one
+    pixel, old or new, whichever is larger. Start and length are (N,).
     """
     pixel = torch.arange(pixels, device=start.device) + 0.5
     start, length = start[:, None, None], length[:, None, None]
-    step = length / size
-    centre = start + step * (torch.arange(size, device=start.device)[:, None] + 0.5)
-    weights = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    pitch = length / size
+    centre = start + pitch * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    weights = (1 - (pixel - centre).abs() / pitch.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixel > start) & (pixel < start + length))
     return weights / weights.sum(2, keepdim=True)
 
@@ -489,9 +499,9 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def colour_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Apply brightness, contrast, saturation and hue (0 to 3) by factors (N,4), in each image's own order (N,4).
+    """Apply torchvision's brightness, contrast, saturation and hue (0 to 3) by factors (N,4), in orders (N,4).
 
-    Hue costs most: all images take it at one moment, with up to three blends before it and three after it.
+    Hue costs most, so it is computed once, for all images, between the up to three blends before it and after it.
     """
     hue = (order == 3).int().argmax(1)[:, None, None, None]
     factor = factors.gather(1, order)[:, :, None, None, None]
@@ -505,7 +515,10 @@ def colour_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur square images by sigma (N,1) pixels, with a kernel of a tenth of the side, borders reflected."""
+    """Blur square images by sigma (N,1) pixels, borders reflected; the kernel has 2·⌊S/20⌋ + 1 taps.
+
+    That is a tenth of the side, SimCLR, 2002.05709, appendix A; MoCo v2 takes over its blur and sigma.
+    """
     size = x.shape[-1]
     taps = torch.arange(-(size // 20), size // 20 + 1, device=x.device)
     weights = (-0.5 * (taps / sigma) ** 2).softmax(1)
@@ -651,9 +664,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         groups = []
         for remaining, group in zip(reversed(range(self.num_splits)), x.chunk(self.num_splits)):
             # moving by f/(G − remaining·f), group by group, a statistic r ends at (1−f)·r + f·(mean over the G groups)
-            step = f / (self.num_splits - remaining * f)
+            momentum = f / (self.num_splits - remaining * f)
             stats = self.running_mean, self.running_var
-            groups.append(F.batch_norm(group, *stats, self.weight, self.bias, True, step, self.eps))
+            groups.append(F.batch_norm(group, *stats, self.weight, self.bias, True, momentum, self.eps))
         return torch.cat(groups)
 
 
@@ -690,7 +703,7 @@ class ResNetEncoder(nn.Module):
             layer = nn.Sequential()
             for j in range(depth):
                 stride, out, shortcut = 2 if i and not j else 1, planes * block.expansion, None
-                if stride > 1 or out != channels:
+                if out != channels:
                     shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))
                 layer.append(block(channels, planes, stride, shortcut, norm_layer=norm, **options))
                 channels = out
@@ -719,7 +732,7 @@ class ResNetEncoder(nn.Module):
 # ──────────────────────────────────────────────── Contrast ────────────────────────────────────────────────
 
 
-Rng = torch.Generator | None
+Rng = torch.Generator | None  # to draw with; None: torch's own, which does for one process alone
 
 
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, excluded: Tensor | None = None) -> Tensor:
@@ -730,7 +743,7 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, excluded: Tensor
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k, negatives = q.to(dtype) / T, k.to(dtype), negatives.to(dtype)
+        q, negatives = q.to(dtype) / T, negatives.to(dtype)
         positive, logits = (q * k).sum(1), q @ negatives
         if excluded is not None:
             logits = logits.masked_fill(excluded, -math.inf)
@@ -744,9 +757,10 @@ def embed(encoder: nn.Module, x: Tensor) -> Tensor:
 
 
 def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: Rng) -> Tensor:
-    """Embed all processes' views (N,3,S,S) as keys (W·N,C), in a random order over processes and BatchNorm groups.
+    """Return the keys (P·N,C) of all processes' views (N,3,S,S), in the order of the views.
 
-    A query and its key are then not normalised together: ShuffleBN, 1911.05722, section 3.3.
+    They are embedded in a random order over processes and BatchNorm groups, so that a query and its key are not
+    normalised with the same images: ShuffleBN, 1911.05722, section 3.3.
     """
     im_k = gathered(im_k)
     order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
@@ -754,7 +768,7 @@ def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: Rng) -> Tensor:
 
 
 def own_keys(keys: Tensor) -> Tensor:
-    """Mark, among all processes' keys (W·N,C), that of each of this process's queries: bool (N,W·N)."""
+    """Mark, among all processes' keys (P·N,C), that of each of this process's queries: bool (N,P·N)."""
     return share(torch.eye(len(keys), dtype=torch.bool, device=keys.device))
 
 
@@ -826,7 +840,8 @@ class EndToEnd(nn.Module):
 class MemoryBank(nn.Module):
     """Contrast queries with past queries of other images, 1911.05722, figure 2b, after InstDisc, 1805.01978.
 
-    `bank` (M,dim) has a unit row, a slot, for each of M images; a query's slot is its key, K drawn slots its negatives.
+    `bank` (M,dim) has a unit row, a slot, for each of M images; a query's slot is its key, and K slots, drawn with
+    replacement for the whole batch, are the negatives. Then slot ← normalised m·slot + (1−m)·q.
     """
 
     def __init__(
@@ -882,7 +897,7 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} neighbours of a bank of {len(bank)}")
-    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: a normalised copy of the bank may be gigabytes
     predictions = []
     for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
         similarity, neighbours = (chunk @ bank.T).mul_(scale).topk(k)
@@ -895,8 +910,8 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
     """Fit logistic regression to features (M,D) and labels (M,): the minimum of cross-entropy + decay/2·‖W‖².
 
-    It is convex, and L-BFGS goes to its minimum: there is no learning rate to tune. The papers run SGD with a rate of
-    30 on augmented images instead, 1911.05722, section 4.1.
+    It is convex, and up to 500 iterations of L-BFGS go to its minimum: there is no learning rate to tune. The papers
+    run SGD with a rate of 30 on augmented images instead, 1911.05722, section 4.1. Called, it gives logits (N,classes).
     """
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
@@ -925,7 +940,9 @@ def frozen_features(
     encoder: nn.Module, split: InMemory | Folder, config: Config, autocast: Callable, head: bool = False
 ) -> Tensor:
     """Return a split's features (M,D) in eval mode: pooled, or the head's output; the encoder's mode is restored."""
-    encode, training = encoder if head else encoder.features, encoder.training
+    training, encode = encoder.training, encoder.features
+    if head:
+        encode = encoder
     encoder.eval()
     with autocast():
         features = extract_features(encode, split, Augment(config.aug, config.eval_size or config.size))
@@ -936,7 +953,10 @@ def frozen_features(
 def accuracy(
     encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False, linear: bool = False
 ) -> float:
-    """Return the top-1 in percent of kNN, or of a linear classifier, on frozen features: pooled, or of the head."""
+    """Return the top-1 in percent of kNN, or of a linear classifier, on frozen features: pooled, or of the head.
+
+    The linear classifier sees features less their mean over the training images, divided by their deviation.
+    """
     bank, features = (frozen_features(encoder, split, config, autocast, head) for split in (data.train, data.test))
     bank_labels, labels = (split.labels.to(bank.device) for split in (data.train, data.test))
     if linear:
@@ -945,7 +965,7 @@ def accuracy(
         predicted = fit_linear(bank, bank_labels, data.classes)(features).argmax(1)
     else:
         predicted = knn_predict(features, bank, bank_labels, data.classes, config.knn_k, config.knn_t)
-    return 100 * (predicted == labels).double().mean().item()
+    return 100 * (predicted == labels).sum().item() / len(labels)
 
 
 def mosaic(images: Tensor, colours: Tensor | None = None) -> Tensor:
@@ -967,8 +987,8 @@ def draw_views(data: Data, config: Config, rows: int = 8, pairs: int = 4) -> Ten
     split_two_views = SplitTwoViews(augment, config.seed)
     chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:rows]
     columns = [images / 255 for images in data.train.batches([(0, chosen)], augment.centre)]
-    keys = [(epoch, chosen) for epoch in range(pairs)]
-    for step, images in enumerate(data.train.batches(keys, split_two_views.two_crops)):
+    plan = [(epoch, chosen) for epoch in range(pairs)]
+    for step, images in enumerate(data.train.batches(plan, split_two_views.two_crops)):
         columns += map(augment.restore, split_two_views(images, rng("step", config.seed, step)))
     return mosaic(torch.stack(columns, 1))
 
@@ -985,9 +1005,10 @@ def draw_neighbours(
     features = frozen_features(encoder, data.test, config, autocast) if data.test else bank
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:rows]
     similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
-    if queries is data.train:
+    alone = queries is data.train
+    if alone:
         similarity[torch.arange(len(chosen)), chosen] = -math.inf
-    neighbours, colours = similarity.topk(min(columns, len(bank) - 1)).indices.cpu(), None
+    neighbours, colours = similarity.topk(min(columns, len(bank) - alone)).indices.cpu(), None
     shown = [*queries.batches([(0, chosen)], cut), *data.train.batches([(0, column) for column in neighbours.T], cut)]
     if data.test:
         right = data.train.labels.cpu()[neighbours] == data.test.labels.cpu()[chosen, None]
@@ -1094,7 +1115,7 @@ def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autoca
 
 def join_processes(device: torch.device) -> None:
     """Join the processes that torchrun started, if it did."""
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1111,7 +1132,7 @@ def keep_freed_memory() -> None:
 # DistributedDataParallel would give all processes rank 0's buffers at each step; this option forbids it.
 OWN_BUFFERS = "forward_sync_buffers"
 if OWN_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    OWN_BUFFERS = "broadcast_buffers"  # before torch 2.15
+    OWN_BUFFERS = "broadcast_buffers"  # its name in older versions of torch
 
 
 def build_model(config: Config, images: int) -> nn.Module:
@@ -1144,8 +1165,10 @@ def orthogonal(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Step every weight along its orthogonalised momentum, by `lr` of the weight's own norm, which it keeps.
 
-    After Jordan et al., 2024: a step has a part in all directions, not in the few that rule the gradient. Under
-    BatchNorm the norm of a weight means nothing, and so takes no decay. Vectors take Nesterov's SGD.
+    W ← ‖W‖·unit(W − lr·‖W‖·unit(O)), O = orthogonal(gradient + momentum·buffer), after Jordan et al., 2024,
+    kellerjordan.github.io/posts/muon: a step has a part in all directions, not in the few that rule the gradient.
+    Before BatchNorm or a normalised embedding a weight's norm means nothing, and so takes no decay. Vectors take
+    Nesterov's SGD.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
@@ -1180,7 +1203,7 @@ def learning_rate(config: Config, epoch: float) -> float:
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
 
 
-def batch_keys(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
+def batch_plan(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
     """Yield each step's epoch and this process's indices (N,); an epoch permutes the images, less a short batch."""
     for epoch in range(config.epochs):
         order = torch.randperm(n, generator=rng("order", config.seed, epoch))
@@ -1203,7 +1226,7 @@ def check_run(config: Config, data: Data) -> None:
             raise UserError(f"--out {path}: exists already; give --resume to go on, --overwrite, or another --out")
     groups = ranks()[1] * config.bn_splits
     if config.batch_size % groups or config.batch_size < 2 * groups:
-        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}, from twice up"
+        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}, at least twice that"
         raise UserError(f"--batch-size {config.batch_size}: {rule}")
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
@@ -1230,7 +1253,7 @@ def check_resume(config: Config, checkpoint: dict[str, Any], images: int) -> Non
     """Raise UserError if a run cannot go on from a checkpoint under these options and with so many images."""
     for name, value in dataclasses.asdict(config).items():
         old = checkpoint["config"].get(name, getattr(Config, name))
-        if value != old and name not in RESUMABLE or name == "epochs" and value < old:
+        if (value != old and name not in RESUMABLE) or (name == "epochs" and value < old):
             raise UserError(f"{flag(name)} {value}: --resume goes on with the {old} of {config.out}")
     if images != checkpoint["images"]:
         raise UserError(f"--data {config.data}: {images} images; {config.out} was trained on {checkpoint['images']}")
@@ -1256,14 +1279,18 @@ def exclusive(path: Path) -> Iterator[TextIO]:
             yield file
         finally:
             if path.exists() and not path.stat().st_size:
-                path.unlink()
+                with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                    path.unlink()
 
 
 def write_rows(file: TextIO, rows: list[dict[str, Any]]) -> None:
-    """Replace what a .csv file holds by rows, under a line of their names if there are any."""
-    file.truncate(0)
-    csv.writer(file).writerows([*rows[:1], *(row.values() for row in rows)])  # a row itself yields its names
-    file.flush()
+    """Replace what a .csv file holds by rows, under a line of their names if there are any. Raises UserError."""
+    try:
+        file.truncate(0)
+        csv.writer(file).writerows([*rows[:1], *(row.values() for row in rows)])  # a row itself yields its names
+        file.flush()
+    except OSError as error:
+        raise UserError(f"--out: {file.name} not written ({error.strerror}); the checkpoint is") from error
 
 
 @dataclass
@@ -1331,7 +1358,8 @@ class Run:
         weights = self.model.state_dict()
         bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
         if bad or not all(x.isfinite().all() for x in weights.values()):
-            step = (self.step - 1) // self.per_epoch * self.per_epoch + bad[0] + 1 if bad else self.step
+            first = (self.step - 1) // self.per_epoch * self.per_epoch + 1  # step of this epoch
+            step = first + bad[0] if bad else self.step
             rate = learning_rate(self.config, (step - 1) / self.per_epoch)
             raise UserError(
                 f"step {step}: loss or weights are not finite, at learning rate {rate:.3g}; use a lower --lr or "
@@ -1359,8 +1387,8 @@ class Run:
                 Path(f"{config.out}.tmp").unlink(missing_ok=True)
                 write_rows(log, self.rows)
             self.began = time.perf_counter() - self.seconds
-            keys, again = itertools.tee(itertools.islice(batch_keys(len(self.data.train), config), self.step, None))
-            batches = self.data.train.batches(keys, self.split_two_views.two_crops)
+            plan, again = itertools.tee(itertools.islice(batch_plan(len(self.data.train), config), self.step, None))
+            batches = self.data.train.batches(plan, self.split_two_views.two_crops)
             for images, (_, indices) in zip(batches, again):
                 progress = self.take_step(images, indices)
                 ended = self.step % self.per_epoch == 0
@@ -1376,7 +1404,7 @@ class Run:
                     return
 
     def average_statistics(self) -> None:
-        """Give all processes the mean of their BatchNorm statistics, which are those of one process with W splits."""
+        """Give all processes the mean of their BatchNorm statistics, which are those of one process with P splits."""
         for name, statistic in self.model.named_buffers():
             if "running_" in name and ranks()[1] > 1:
                 statistic.copy_(gathered(statistic[None]).mean(0))
@@ -1390,7 +1418,7 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.per_epoch)
         self.optimizer.zero_grad()
         loss.backward()
-        with self.autocast():
+        with self.autocast():  # of Muon's matrix products
             self.optimizer.step()
         self.losses[self.step % self.per_epoch] = gathered(loss.detach()[None]).mean()
         self.step += 1
@@ -1497,12 +1525,12 @@ def show(run: Iterable[Progress], config: Config) -> None:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that a run can end in order; of one process the second acts at once."""
+    """Collect Ctrl-C and SIGTERM, so that a run can end in order. Where one process runs, a second one acts at once."""
     received: list[int] = []
 
     def hold(number: int, _: Any) -> None:
         received.append(number)
-        if ranks()[1] == 1:  # torchrun repeats a signal that the terminal has sent already
+        if ranks()[1] == 1:  # since torchrun repeats a signal that the terminal has sent already
             restore()
 
     def restore() -> None:
@@ -1542,11 +1570,11 @@ def recorded(run: Iterable[Progress], folder: str) -> Iterator[Progress]:
 
 
 def reopen(path: str, explicit: dict[str, Any]) -> tuple[ResNetEncoder, Data, Config, Callable, int]:
-    """Load a checkpoint's encoder and images under its own options, save for explicit ones; autocast; its epoch."""
+    """Load a checkpoint: its encoder, images, configuration with the explicit options in it, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     encoder = load_encoder(checkpoint, path)
     official = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
-    if "size" in explicit:
+    if "size" in explicit:  # it outranks the checkpoint's --eval-size
         explicit = {"eval_size": 0, **explicit}
     config = Config(**{**checkpoint.get("config", official), **explicit})
     device, autocast = pick_device(config)
@@ -1556,7 +1584,7 @@ def reopen(path: str, explicit: dict[str, Any]) -> tuple[ResNetEncoder, Data, Co
 
 
 def evaluate(path: str, head: bool, linear: bool, explicit: dict[str, Any]) -> dict[str, Any]:
-    """Measure a checkpoint's accuracy; say the settings that made it."""
+    """Measure a checkpoint's accuracy, and return it with the settings that led to it."""
     encoder, data, config, autocast, epoch = reopen(path, explicit)
     check_data(config, data, linear)
     with working(f"evaluating on {len(data.train)} and {len(data.test)} images"):
@@ -1590,7 +1618,7 @@ def train(**options: Any) -> None:
         show(recorded(steps, config.tensorboard) if config.tensorboard and not ranks()[0] else steps, config)
     if run.step < config.epochs * run.per_epoch:
         print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
-        sys.exit(128 + (received or [signal.SIGTERM])[0])  # of several processes, not each need have got the signal
+        sys.exit(128 + (received or [signal.SIGTERM])[0])  # another process may have been the one that got it
     print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
 
 
@@ -1615,7 +1643,7 @@ def export(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
 def views(out: OUT, **options: Any) -> None:
     """Draw a picture (PNG) of images and the views that training makes of them."""
     check_new(out, options)
-    config = dataclasses.replace(Config.from_preset(**given(options)), cache=False)
+    config = dataclasses.replace(Config.from_preset(**given(options)), cache=False)  # a few images are decoded
     with working(f"reading {config.data}"):
         picture = draw_views(load_data(config, torch.device("cpu")), config)
     write_new(out, partial(torchvision.utils.save_image, picture, format="png"))

@@ -122,7 +122,7 @@ class TestConfig:
             dict(moco_dim=0), dict(epochs=0), dict(batch_size=0), dict(batch_size=12), dict(batch_size=8), dict(lr=0),
             dict(lr=math.inf), dict(wd=-1), dict(width=0.1), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
             dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1), dict(eval_size=-1),
-            dict(optimizer="lbfgs"),
+            dict(optimizer="lbfgs"), dict(seed=2**64),
         ],
     )  # fmt: skip
     def test_an_impossible_value_is_refused_by_the_name_of_its_flag(self, option):
@@ -130,7 +130,13 @@ class TestConfig:
         with pytest.raises(UserError, match="^" + moco.flag(name)):
             Config.from_preset(**option)
 
-    @pytest.mark.parametrize("option", [dict(moco_m=0), dict(moco_m=1), dict(wd=0), dict(knn_every=0), dict(moco_k=1)])
+    def test_a_choice_is_judged_before_what_it_goes_with(self):
+        with pytest.raises(UserError, match="^--method x: choose from"):
+            Config(method="x", symmetric=True)
+
+    @pytest.mark.parametrize(
+        "option", [dict(seed=2**64 - 1), dict(moco_m=0), dict(moco_m=1), dict(wd=0), dict(knn_every=0), dict(moco_k=1)]
+    )
     def test_a_value_on_the_edge_is_accepted(self, option):
         assert dataclasses.asdict(Config(**option)).items() >= option.items()
 
@@ -240,9 +246,9 @@ class TestData:
                         batch[v, j], tvf.resized_crop(image, *boxes[v].tolist(), [16, 16], antialias=True)
                     )
 
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_file_that_is_no_image_is_named(self, folder, workers):
-        (bad := folder / "train" / "dark" / "0.png").write_text("no image")
+    @pytest.mark.parametrize("workers, text", [(0, "no image"), (1, "no image"), (0, "P6 20000 20000 255\n")])
+    def test_a_file_that_is_no_image_or_far_too_large_is_named(self, folder, workers, text):
+        (bad := folder / "train" / "dark" / "0.png").write_text(text)
         data = moco.load_data(Config(data=str(folder), workers=workers), CPU)
         with pytest.raises(UserError) as error:
             list(data.train.batches([(0, torch.arange(20))], Augment().centre))
@@ -560,14 +566,14 @@ class TestEncoder:
 
     @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
     def test_with_the_imagenet_stem_it_is_torchvisions_resnet(self, arch):
-        theirs = getattr(torchvision.models, arch)(weights=None, num_classes=7).eval()
-        for module in theirs.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean), nn.init.uniform_(module.weight)
-        ours = ResNetEncoder(arch, dim=7, mlp=False, stem="imagenet").eval()
+        theirs = getattr(torchvision.models, arch)(weights=None, num_classes=7).double()
+        ours = ResNetEncoder(arch, dim=7, mlp=False, bn_splits=1, stem="imagenet").double()
         ours.load_state_dict(theirs.state_dict(), strict=True)
-        x = torch.randn(2, 3, 64, 64)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+        for training in (True, False):  # the first moves the running statistics that the second uses
+            x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+            expected = theirs.train(training)(x)
+            close(ours.train(training)(x), expected, atol=1e-9)
+            assert expected.std(0).min() > 1e-4
 
     @pytest.mark.parametrize("arch", moco.ARCHS)
     def test_every_architecture_has_torchvisions_layers(self, arch):
@@ -1199,6 +1205,15 @@ class TestEvaluation:
             pair = torch.stack(split_two_views(images, rng("step", 3, step)), 1)
             close(augment.normalise(picture[:, 2 * step + 1 : 2 * step + 3]), pair, atol=1e-4)
 
+    @pytest.mark.parametrize("labelled, width", [(True, 7), (False, 6)])
+    def test_a_small_bank_has_no_more_neighbours_than_images(self, few, monkeypatch, labelled, width):
+        monkeypatch.setattr(moco, "mosaic", lambda images, colours: images.shape[1])
+        monkeypatch.setattr(moco, "frozen_features", lambda _, split, *__: split.images.flatten(1).double())
+        data = moco.load_data(tiny_config(), CPU)
+        data.train = InMemory(data.train.images[:6], data.train.labels[:6])
+        data.test = data.test if labelled else None
+        assert moco.draw_neighbours(None, data, tiny_config(), None) == width
+
     @pytest.mark.parametrize("labelled", [True, False])
     def test_neighbours_are_the_nearest_others_framed_by_whether_the_labels_agree(self, few, monkeypatch, labelled):
         monkeypatch.setattr(moco, "mosaic", lambda images, colours: (images, colours))
@@ -1511,14 +1526,14 @@ class TestTraining:
 
     @given(SEEDS, st.integers(8, 40))
     def test_an_epoch_shows_every_image_at_most_once_in_an_order_of_its_own(self, seed, n):
-        keys = list(moco.batch_keys(n, tiny_config(seed=seed)))
+        keys = list(moco.batch_plan(n, tiny_config(seed=seed)))
         assert [epoch for epoch, _ in keys] == [0] * (n // 8) + [1] * (n // 8)
         first, second = (torch.cat([i for e, i in keys if e == epoch]) for epoch in (0, 1))
         assert len(first.unique()) == len(first) == n // 8 * 8 and first.max() < n
         assert not torch.equal(first, second)
 
     def test_another_seed_gives_another_order(self):
-        one, two = ([i.tolist() for _, i in moco.batch_keys(40, tiny_config(seed=seed))] for seed in (1, 2))
+        one, two = ([i.tolist() for _, i in moco.batch_plan(40, tiny_config(seed=seed))] for seed in (1, 2))
         assert one != two
 
     @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
@@ -1542,7 +1557,7 @@ class TestTraining:
         steps = list(moco.Run(config).train())
         model, (images, _) = moco.build_model(config, 40), moco.shapes(40, "train")
         momentum = [torch.zeros_like(p) for p in model.encoder_q.parameters()]
-        for step, (_, indices) in enumerate(moco.batch_keys(40, config)):
+        for step, (_, indices) in enumerate(moco.batch_plan(40, config)):
             generator = rng("step", config.seed, step)
             augment = Augment("cifar", 32)
             loss = model(augment(images[indices], generator), augment(images[indices], generator), generator)
@@ -1920,6 +1935,13 @@ class TestNeverLosingARun:
         monkeypatch.setattr(moco, "open", refuse, raising=False)
         status, _, err = run("train", *"--preset tiny --batch-size 8 --width 0.125 --knn-k 5".split())
         assert status == 2 and err == "moco: --out: ckpt.csv cannot be written to (Permission denied)\n"
+
+    def test_a_csv_that_takes_no_row_costs_a_line(self):
+        with (
+            open(os.devnull) as log,
+            pytest.raises(UserError, match="^--out: /dev/null not written .*; the checkpoint"),
+        ):
+            moco.write_rows(log, [{"epoch": 1}])
 
     def test_a_folder_that_vanishes_costs_a_line(self, few, tmp_path):
         (home := tmp_path / "home").mkdir()
