@@ -29,7 +29,9 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -49,10 +51,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as tvf
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 __version__ = "0.1.0"
@@ -75,7 +78,10 @@ SEED = (lambda value: 0 <= value < 2**64, "must lie in [0, 2^64)")
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the options of a run: type, help text, rule and default. Raises UserError for what cannot work."""
+    """Hold the options of a run: type, help text, rule and default; `from_preset` has other presets' defaults.
+
+    Raises UserError for values that cannot work.
+    """
 
     preset: Annotated[Literal["cifar10", "v1", "v2", "tiny", "cpu"], "defaults to start from"] = "cifar10"
     data: Annotated[str, "cifar10, cifar100, shapes (built in) or a folder of images"] = "cifar10"
@@ -277,6 +283,14 @@ def leave_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """Kill the workers that an error has left: for the SIGTERM that they ignore, Python would wait at its exit."""
+    for worker in multiprocessing.active_children():
+        if os.name == "posix":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports a killed worker
+        worker.kill()
+
+
 @dataclass
 class Decoder(Dataset):
     """Decode and cut a batch (epoch, indices), in a worker; return, not raise, the UserError of a file that is none."""
@@ -290,7 +304,10 @@ class Decoder(Dataset):
         for i in indices.tolist():
             path = os.fsdecode(self.paths[i])
             try:
-                image = tvf.pil_to_tensor(default_loader(path))
+                with Image.open(path) as image:
+                    if image.mode.startswith(("I", "F")):  # convert would cut these off at 255
+                        return UserError(f"{path}: more than 8 bits a channel; convert it to 8")
+                    image = tvf.pil_to_tensor(image.convert("RGB"))
             except Exception:  # whatever damaged bytes bring; a DataLoader would wrap what is raised in a traceback
                 return UserError(f"{path}: no image that can be decoded; mend or remove it")
             cuts.append(self.cut(image, epoch, i))
@@ -576,7 +593,9 @@ class Augment(nn.Module):
         self.register_buffer("std", torch.tensor(self.recipe.std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Crop images uint8 (N,3,H,W) and `finish` them: float (N,3,S,S), normalised."""
+        """Crop images uint8 (N,3,H,W) and `finish` them: float (N,3,S,S), normalised. Raises TypeError for others."""
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise TypeError(f"views are made of images uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
         boxes = crop_boxes(uniform(generator, len(images), 4, 10), *images.shape[2:], self.scale)
         return self.finish(crop(images / 255, boxes.to(images.device, non_blocking=True), self.size), generator)
 
@@ -614,10 +633,11 @@ class SplitTwoViews:
     seed: int = 0
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return x_q, x_k (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
-        if images.dim() == 5:
-            return tuple(self.augment.finish(crops / 255, generator) for crops in images)
-        return self.augment(images, generator), self.augment(images, generator)
+        """Return x_q, x_k float (N,3,S,S) of images uint8 (N,3,H,W), or of their `two_crops` (2,N,3,S,S)."""
+        with torch.autocast(images.device.type, enabled=False):
+            if images.dim() == 5:
+                return tuple(self.augment.finish(crops / 255, generator) for crops in images)
+            return self.augment(images, generator), self.augment(images, generator)
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Cut both views' crops uint8 (2,3,S,S) out of an image (3,H,W) at its own resolution, as a worker does.
@@ -646,6 +666,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def __init__(self, num_features: int, num_splits: int = 8, **batchnorm_options: Any) -> None:
         super().__init__(num_features, **batchnorm_options)
         self.num_splits = num_splits
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_splits={self.num_splits}"
 
     def _check_input_dim(self, x: Tensor) -> None:
         super()._check_input_dim(x if x.dim() != 2 else x[:, :, None, None])
@@ -695,7 +718,7 @@ class ResNetEncoder(nn.Module):
         block, depths, options = ARCHS[arch]
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
         planes = channels = int(64 * width)
-        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        kernel, stride = {"cifar": (3, 1), "imagenet": (7, 2)}[stem]
         self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1, self.relu = norm(channels), nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
@@ -760,8 +783,11 @@ def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: Rng) -> Tensor:
     """Return the keys (P·N,C) of all processes' views (N,3,S,S), in the order of the views.
 
     They are embedded in a random order over processes and BatchNorm groups, so that a query and its key are not
-    normalised with the same images: ShuffleBN, 1911.05722, section 3.3.
+    normalised with the same images: ShuffleBN, 1911.05722, section 3.3. Raises ValueError if several processes are to
+    draw one order without a generator.
     """
+    if generator is None and ranks()[1] > 1:
+        raise ValueError("several processes need a generator, of one seed in all of them")
     im_k = gathered(im_k)
     order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
     return gathered(embed(encoder, im_k[share(order)]))[order.argsort()]
@@ -1033,7 +1059,8 @@ def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
-        raise UserError(f"{path}: not written ({str(error).splitlines()[0]}); what it held before is whole") from error
+        why = error.__context__ if isinstance(error.__context__, OSError) else error  # under torch.save's own
+        raise UserError(f"{path}: not written ({str(why).splitlines()[0]}); what it held before is whole") from error
 
 
 def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
@@ -1396,8 +1423,10 @@ class Run:
                 due = agreed(2 if stop() else int(due or time.monotonic() - saved > SAVE_SECONDS))
                 if due:
                     self.average_statistics()
-                    progress.row = self.end_epoch() if ended else None
-                    self.save(log)
+                    try:
+                        progress.row = self.end_epoch() if ended else None
+                    finally:  # an image that kNN cannot read costs no epoch
+                        self.save(log)
                     saved = time.monotonic()
                 yield progress
                 if due == 2:
@@ -1430,11 +1459,13 @@ class Run:
         row = {"epoch": epoch, "loss": self.losses.mean().item(), "lr": learning_rate(config, epoch - 1), "knn": None}
         row["images_per_s"] = self.per_epoch * config.batch_size / (time.perf_counter() - self.began)
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
-        if due and self.data.test is not None:
-            row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
-        row["seconds"] = time.perf_counter() - self.began
-        self.began = time.perf_counter()
-        self.rows.append(row)
+        try:
+            if due and self.data.test is not None:
+                row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
+        finally:
+            row["seconds"] = time.perf_counter() - self.began
+            self.began = time.perf_counter()
+            self.rows.append(row)
         return row
 
 
@@ -1502,6 +1533,15 @@ def describe(row: dict[str, Any], config: Config) -> str:
     return f"{line}  {row['images_per_s']:.0f} images/s  ETA {left}{knn}"
 
 
+def survey(run: Run) -> str:
+    """Say what a run found: images, labels and where it computes."""
+    train, test, classes = run.data.train, run.data.test, run.data.classes
+    labels = "without labels" if test is None else f"of {classes} classes, {len(test)} to test on"
+    with run.autocast():
+        precision = "bf16" if torch.is_autocast_enabled(run.device.type) else "fp32"
+    return f"{run.config.data}: {len(train)} images {labels}; {run.device}, {precision}"
+
+
 def show(run: Iterable[Progress], config: Config) -> None:
     """Draw a run's progress on a terminal, and print a line an epoch anywhere."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -1513,7 +1553,8 @@ def show(run: Iterable[Progress], config: Config) -> None:
     with bar:
         task, shown = bar.add_task("", **{"epoch": 1, "loss": "…", "lr": "…", "images/s": "…"}), 0.0
         for progress in run:
-            if bar.console.is_terminal and (now := time.monotonic()) - shown > 0.5:  # a loss that is read is waited for
+            now = time.monotonic()
+            if bar.console.is_terminal and (progress.row or now - shown > 0.5):  # a loss that is read is waited for
                 speed = f"{(bar.tasks[task].speed or 0) * config.batch_size:.0f}"
                 fields = {"epoch": 1 + (progress.step - 1) * config.epochs // progress.steps, "images/s": speed}
                 fields |= {"loss": f"{progress.loss:.3f}", "lr": f"{progress.lr:.4f}"}
@@ -1613,13 +1654,16 @@ def train(**options: Any) -> None:
         run = Run(config)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
+    print(survey(run))
     with held_signals() as received:
         steps = run.train(lambda: received)
         show(recorded(steps, config.tensorboard) if config.tensorboard and not ranks()[0] else steps, config)
     if run.step < config.epochs * run.per_epoch:
-        print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {config.out}")
+        place = shlex.quote(config.out)
+        print(f"stopped after step {run.step}; to go on: python moco.py train --resume --out {place}")
         sys.exit(128 + (received or [signal.SIGTERM])[0])  # another process may have been the one that got it
-    print(f"wrote {config.out}; its accuracy: python moco.py knn {config.out}")
+    what = "accuracy: python moco.py knn {}" if run.data.test else "neighbours: python moco.py neighbors {} near.png"
+    print(f"{config.out} holds all {config.epochs} epochs; its {what.format(shlex.quote(config.out))}")
 
 
 def knn(checkpoint: CHECKPOINT, head: HEAD = False, json: JSON = False, **options: Any) -> None:
@@ -1643,7 +1687,7 @@ def export(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
 def views(out: OUT, **options: Any) -> None:
     """Draw a picture (PNG) of images and the views that training makes of them."""
     check_new(out, options)
-    config = dataclasses.replace(Config.from_preset(**given(options)), cache=False)  # a few images are decoded
+    config = dataclasses.replace(Config.from_preset(**given(options)), cache=False, workers=0)  # for a few images
     with working(f"reading {config.data}"):
         picture = draw_views(load_data(config, torch.device("cpu")), config)
     write_new(out, partial(torchvision.utils.save_image, picture, format="png"))
@@ -1664,7 +1708,7 @@ COMMANDS: dict[Callable, tuple[str, ...]] = {  # each with the fields of Config 
     knn: (*EVALUATION, "knn_k", "knn_t"),
     linear: EVALUATION,
     export: ("overwrite",),
-    views: ("preset", "data", "root", "size", "workers", "aug", "min_crop", "seed", "overwrite"),
+    views: ("preset", "data", "root", "size", "aug", "min_crop", "seed", "overwrite"),
     neighbors: (*EVALUATION, "seed", "overwrite"),
 }
 
@@ -1694,6 +1738,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"moco: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        end_workers()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """The specification of moco.py, section by section: every test's name is the sentence that it proves."""
 
+import ast
 import builtins
 import contextlib
 import copy
@@ -13,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,6 +257,14 @@ class TestData:
             list(data.train.batches([(0, torch.arange(20))], Augment().centre))
         assert str(error.value).startswith(str(bad)) and "\n" not in str(error.value)
 
+    @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+    def test_an_image_of_more_than_8_bits_is_refused_where_torchvision_would_cut_it_off(self, tmp_path, mode):
+        PIL.Image.new(mode, (20, 20), 3000).save(path := tmp_path / "deep.tiff")
+        assert tvf.pil_to_tensor(default_loader(path)).min() == 255
+        data = moco.load_data(Config(data=str(tmp_path), workers=0), CPU)
+        with pytest.raises(UserError, match=r"deep.tiff: more than 8 bits a channel"):
+            list(data.train.batches([(0, torch.arange(1))], Augment().centre))
+
     def test_a_missing_or_empty_folder_or_a_stray_class_is_refused(self, folder, tmp_path):
         (tmp_path / "empty").mkdir()
         (folder / "val" / "dark").rename(folder / "val" / "stray")
@@ -464,6 +475,21 @@ class TestViews:
         x_q, x_k = SplitTwoViews(augment)(pair, rng(0))
         assert (x_q == 0).all() and (x_k == 1).all()
 
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_views_are_the_same_under_autocast(self, streamed):
+        views, images = SplitTwoViews(Augment("v2", 16)), images_of(4)
+        images = images.expand(2, 4, 3, 32, 32)[..., :16, :16] if streamed else images
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = views(images, rng(0))
+        assert same(cast, views(images, rng(0))) and cast[0].dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "images", [torch.rand(4, 3, 8, 8), images_of(1)[0], images_of(4)[:, :1]], ids=["float", "one", "grey"]
+    )
+    def test_images_that_are_not_a_batch_of_bytes_in_rgb_are_a_type_error(self, images):
+        with pytest.raises(TypeError, match=r"uint8 \(N,3,H,W\), not torch"):
+            Augment(size=8)(images, rng(0))
+
     def test_views_are_normalised_by_the_recipes_mean_and_deviation(self):
         x = torch.rand(2, 3, 4, 4)
         recipe = moco.RECIPES["cifar"]
@@ -544,6 +570,8 @@ class TestEncoder:
 
     def test_split_batch_norm_bears_batch_norms_names_and_options(self):
         assert list(SplitBatchNorm(3).state_dict()) == list(nn.BatchNorm2d(3).state_dict())
+        assert repr(SplitBatchNorm(3, 2, eps=0.5)).startswith("SplitBatchNorm(3, eps=0.5, ")
+        assert repr(SplitBatchNorm(3, 2)).endswith(", num_splits=2)")
         untracked = SplitBatchNorm(3, 2, track_running_stats=False)
         close(untracked(x := torch.randn(4, 3, 2, 2)), SplitBatchNorm(3, 2)(x))
         close(untracked.eval()(x), nn.BatchNorm2d(3)(x))
@@ -883,6 +911,11 @@ class TestMoCo:
         keys = moco.shuffled_keys(model.encoder_k, x, rng(5))
         close(keys[order], expected)
         assert not torch.allclose(keys, F.normalize(encoder(x), dim=1))
+
+    def test_several_processes_do_not_draw_an_order_without_a_generator(self, monkeypatch):
+        monkeypatch.setattr(moco, "ranks", lambda: (0, 2))
+        with pytest.raises(ValueError, match="need a generator"):
+            moco.shuffled_keys(nn.Flatten(), torch.rand(2, 3), None)
 
     @pretended_cuda
     @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
@@ -1781,7 +1814,7 @@ class TestNeverLosingARun:
         self, image_folder, undisturbed, tmp_path, number, status
     ):
         begun = start(arguments(image_folder, "--out", "cut.pt", "--workers", "1"), tmp_path)
-        begun.stdout.readline()
+        await_epoch(begun)
         os.killpg(begun.pid, number)  # as a terminal does, workers included
         out, err = begun.communicate()
         match = re.search(r"^stopped after step (\d+); to go on: python moco.py (.*)$", out, re.M)
@@ -1790,6 +1823,25 @@ class TestNeverLosingARun:
         again = subprocess.run([sys.executable, MOCO, *match[2].split()], cwd=tmp_path, capture_output=True)
         assert again.returncode == 0
         assert same(lasting(moco.load_checkpoint(str(tmp_path / "cut.pt"))), lasting(undisturbed))
+
+    def test_an_error_does_not_leave_the_process_waiting_for_its_workers(self, folder, tmp_path):
+        options = "--cache --batch-size 8 --bn-splits 2 --knn-k 3 --workers 1"  # the images differ in size
+        done = subprocess.run(
+            [sys.executable, MOCO, "train", "--data", folder, *options.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 2 and done.stderr.startswith("moco: --cache: the images differ in size")
+
+    def test_a_test_image_that_cannot_be_read_costs_a_line_and_no_epoch(self, folder, run):
+        (folder / "val" / "dark" / "0.png").write_text("no image")
+        options = "--size 16 --width 0.125 --batch-size 8 --bn-splits 2 --epochs 1 --knn-k 3 --workers 0 --device cpu"
+        status, _, err = run("train", "--data", str(folder), *options.split())
+        assert status == 2 and err.endswith("0.png: no image that can be decoded; mend or remove it\n")
+        (row,) = moco.load_checkpoint("ckpt.pt")["rows"]
+        assert row["epoch"] == 1 and row["knn"] is None and Path("ckpt.csv").read_text().count("\n") == 2
 
     def test_the_second_signal_acts_at_once(self):
         inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -1806,7 +1858,7 @@ class TestNeverLosingARun:
         resume = []
         for _ in range(3):
             begun = start(arguments(image_folder, "--out", "cut.pt", "--save-every-steps", "1", *resume), tmp_path)
-            begun.stdout.readline()  # an epoch's end; the next save may be half done
+            await_epoch(begun)  # the next save may be half done
             begun.kill()
             begun.communicate()
             assert moco.load_checkpoint(str(tmp_path / "cut.pt"))["step"] >= 5
@@ -1821,7 +1873,7 @@ class TestNeverLosingARun:
 
     def test_two_runs_do_not_write_to_one_checkpoint(self, image_folder, tmp_path):
         first = start(arguments(image_folder, "--out", "c.pt", "--epochs", "999"), tmp_path)
-        first.stdout.readline()
+        await_epoch(first)
         options = tiny_config(data=str(image_folder), size=16, out=str(tmp_path / "c.pt"), workers=0, overwrite=True)
         with pytest.raises(UserError, match="^--out: another run writes to .*c.csv"):
             next(moco.Run(options).train())
@@ -1969,6 +2021,11 @@ def arguments(folder, *options):
 def start(command, place):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=place, start_new_session=True, **pipes)
+
+
+def await_epoch(begun):
+    assert begun.stdout.readline().endswith(": 20 images of 2 classes, 8 to test on; cpu, fp32\n")
+    assert begun.stdout.readline().startswith("epoch ")
 
 
 @pytest.fixture(scope="module")
@@ -2182,7 +2239,7 @@ class TestCommandLine:
         ("knn", "data root size eval-size workers cache aug device precision knn-k knn-t head json"),
         ("linear", "data root size eval-size workers cache aug device precision head json"),
         ("export", "overwrite"),
-        ("views", "preset data root size workers aug min-crop seed overwrite"),
+        ("views", "preset data root size aug min-crop seed overwrite"),
         ("neighbors", "data root size eval-size workers cache aug device precision seed overwrite"),
     ])  # fmt: skip
     def test_a_command_has_these_options(self, run, monkeypatch, command, names):
@@ -2230,6 +2287,19 @@ class TestCommandLine:
         monkeypatch.setattr(sys, "stdout", written)
         moco.write_new("-", lambda file: file.write(b"picture"))
         assert written.buffer.getvalue() == b"picture"
+
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_train_says_what_it_found_and_what_to_do_next(self, folder, run, labelled):
+        place = folder if labelled else folder / "train"
+        options = "--size 16 --width 0.125 --batch-size 8 --bn-splits 2 --epochs 1 --knn-k 3 --workers 0 --device cpu"
+        command = ["train", "--data", str(place), *options.split(), "--precision", "bf16", "--out", "a b.pt"]
+        first, _, last = run(*command)[1].splitlines()
+        labels = "of 2 classes, 8 to test on" if labelled else "without labels"
+        assert first == f"{place}: 20 images {labels}; cpu, bf16"
+        following = shlex.split(last.split("python moco.py ")[1])
+        assert last.startswith("a b.pt holds all 1 epochs; its ") and run(*following)[0] == 0
+        assert following[0] == ("knn" if labelled else "neighbors")
+        assert run("train", "--resume", "--out", "a b.pt")[1].splitlines() == [first, last]
 
     def test_version_is_that_of_the_package(self, run):
         text = (Path(__file__).parent / "pyproject.toml").read_text()
@@ -2380,6 +2450,35 @@ class TestReadme:
         for block in re.findall(r"```python\n(.*?)```", self.text, re.S):
             exec(block, scope)
         assert math.isfinite(scope["loss"].item()) and "detector" in scope
+
+    @pytest.mark.parametrize(
+        "line, code",
+        [
+            ("`info_nce`, ", "y = info_nce(unit, unit, unit.T, 0.1), SplitBatchNorm(3, 2)(torch.rand(4, 3, 2, 2))"),
+            ("`info_nce`, ", "y = knn_predict(unit, unit, torch.arange(4), 4, k=1, T=0.1)"),
+            ("`MoCo` ", "y = MoCo(nn.Linear(3, 4), dim=4, K=8)(unit, unit, torch.Generator()).backward()"),
+            ("`Augment` ", "y = SplitTwoViews(Augment(size=8))(torch.zeros(4, 3, 9, 9).byte(), rng(0))"),
+        ],
+    )
+    def test_what_it_says_to_copy_is_enough(self, line, code):
+        (text,) = re.findall(rf"^- {line}.*?(?=^[-\n])", self.text, re.M | re.S)
+        wanted, source = set(re.findall(r"`(\w+)`", text)), Path(moco.__file__).read_text()
+        body = ast.parse(source).body
+        span = next((range(*map(int, row)) for row in re.findall(r"Views \| (\d+)-(\d+)", self.text)), ())
+        names = [getattr(node, "name", None) or getattr(getattr(node, "targets", [0])[0], "id", None) for node in body]
+        a, b = (names.index(name) for name in ("ranks", "gathered"))
+        kept = [
+            node
+            for i, (node, name) in enumerate(zip(body, names, strict=True))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            or name in wanted
+            or ("from `ranks` to" in text and a <= i <= b)
+            or ("the Views section" in text and node.lineno in span)
+        ]
+        scope = {"__name__": "pasted"}
+        exec(compile(ast.Module(kept, []), "pasted", "exec"), scope)
+        exec(f"unit = F.normalize(torch.rand(4, 3), dim=1); {code}", scope)
+        assert "y" in scope
 
     def test_its_specification_names_tests_that_exist_in_every_section(self):
         rows = re.findall(r"^\| ([A-Z][\w ]+) \| [^|]+ \| ([^|]+) \|$", self.text, re.M)
