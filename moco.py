@@ -843,7 +843,7 @@ class MoCo(nn.Module):
                 keys.append(shuffled_keys(self.encoder_k, x_k, generator))
             negatives, excluded = queue, None
             if self.batch_negatives:
-                negatives = torch.cat([queue, keys[-1].T.to(queue)], 1)
+                negatives = torch.cat([queue, keys[-1].T], 1)
                 excluded = F.pad(own_keys(keys[-1]), (self.K, 0))
             losses.append(info_nce(q, share(keys[-1]), negatives, self.T, excluded))
         self.dequeue_and_enqueue(torch.cat(keys))

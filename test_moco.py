@@ -1054,6 +1054,16 @@ class TestMechanisms:
         losses = [copy.deepcopy(model)(im_q, x, rng(1), torch.arange(3)) for x in (im_k, im_k * math.nan)]
         assert torch.equal(*losses) and not model.bank.requires_grad
 
+    @pytest.mark.parametrize("build", [
+        partial(MoCo, dim=3, K=5), partial(MoCo, dim=3, K=5, batch_negatives=True), moco.EndToEnd, moco.SimCLR,
+        partial(moco.MemoryBank, images=9, dim=3, K=5),
+    ])  # fmt: skip
+    def test_an_encoder_in_float64_goes_with_buffers_in_float32(self, build):
+        model, x = build(nn.Linear(4, 3).double()), torch.rand(2, 4, 4, dtype=torch.float64)
+        model(*x, rng(0), torch.arange(4)).backward()
+        assert model.encoder_q.weight.grad.isfinite().all() and model.encoder_q.weight.grad.dtype == torch.float64
+        assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in model.buffers())
+
     @given(SEEDS, st.integers(1, 6), TEMPERATURES)
     def test_simclr_is_nt_xent_over_both_views(self, seed, n, t):
         encoder, im_q, im_k = two_views(seed, n)
@@ -1416,6 +1426,19 @@ class TestCheckpoints:
                 assert same(moco.load_checkpoint(str(path)), kept)
             except UserError as error:
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+    def test_all_is_on_the_disk_before_the_earlier_file_gives_way(self, tmp_path, monkeypatch):
+        (path := tmp_path / "file").write_bytes(b"old")
+        seen = []
+        monkeypatch.setattr(os, "fsync", lambda number: seen.append((os.fstat(number).st_size, path.read_bytes())))
+        moco.write_file(str(path), lambda file: file.write(b"newer"))
+        assert seen == [(5, b"old")] and path.read_bytes() == b"newer"
+
+    def test_what_was_saved_on_cuda_is_read_onto_the_cpu(self, tmp_path, monkeypatch, checkpoint):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+            torch.save(checkpoint, tmp_path / "c.pt")
+        assert same(moco.load_checkpoint(str(tmp_path / "c.pt")), checkpoint)
 
     @pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
     def test_a_save_that_fails_is_a_line_and_leaves_the_earlier_checkpoint_whole(self, tmp_path, monkeypatch, moment):
