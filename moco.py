@@ -966,9 +966,8 @@ def frozen_features(
     encoder: nn.Module, split: InMemory | Folder, config: Config, autocast: Callable, head: bool = False
 ) -> Tensor:
     """Return a split's features (M,D) in eval mode: pooled, or the head's output; the encoder's mode is restored."""
-    training, encode = encoder.training, encoder.features
-    if head:
-        encode = encoder
+    encode = encoder if head else encoder.features
+    training = encoder.training
     encoder.eval()
     with autocast():
         features = extract_features(encode, split, Augment(config.aug, config.eval_size or config.size))

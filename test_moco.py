@@ -1199,6 +1199,14 @@ class TestEvaluation:
         assert torch.equal(linear.weight, moco.fit_linear(x, y, classes, decay=0.01).weight)
         assert torch.equal(moco.fit_linear(x, y, classes).weight, moco.fit_linear(x, y, classes, decay=1e-4).weight)
 
+    @given(SEEDS)
+    def test_the_linear_classifier_reaches_its_minimum_whatever_the_scale_of_the_features(self, seed):
+        x = 50 * torch.randn(20, 2, generator=rng(seed), dtype=torch.float64)
+        y = torch.randint(2, (20,), generator=rng(seed, "labels"))
+        linear = moco.fit_linear(x, y, 2).requires_grad_()
+        (F.cross_entropy(linear(x), y) + 5e-5 * linear.weight.square().sum()).backward()
+        assert linear.weight.grad.abs().max() < 0.05
+
     def test_the_linear_classifier_sees_standardised_features(self, monkeypatch):
         seen = []
         features = iter([100 + 7 * torch.randn(50, 3), 100 + 7 * torch.randn(20, 3)])
@@ -1929,7 +1937,7 @@ class TestNeverLosingARun:
         data = moco.load_data(config, CPU)
         moco.check_run(config, data)
         monkeypatch.setattr(moco, "ranks", lambda: (0, 2))
-        with pytest.raises(UserError, match="^--batch-size 4: .* 2 processes .* twice up"):
+        with pytest.raises(UserError, match="^--batch-size 4: .* 2 processes .* twice that"):
             moco.check_run(config, data)
 
     @pytest.mark.parametrize("where", ["loss", "weights"])
@@ -2163,7 +2171,7 @@ class TestCommandLine:
     def test_train_writes_a_checkpoint_that_knn_evaluates_to_the_same_accuracy(self, few, run):
         options = "--preset tiny --width 0.125 --bn-splits 2 --batch-size 8 --epochs 1 --knn-k 5 --device cpu"
         status, out, _ = run("train", *options.split())
-        assert status == 0 and re.search(r"^epoch 1/1  loss \d", out)
+        assert status == 0 and re.search(r"(?m)^epoch 1/1  loss \d", out)
         status, out, _ = run("knn", "ckpt.pt", "--json")
         result = json.loads(out.splitlines()[-1])
         with open("ckpt.csv", newline="") as file:
@@ -2208,7 +2216,8 @@ class TestCommandLine:
         extra = ["--batch-size", "16", "--out", "x.pt", "--workers", "0"] if "bad" in arguments else []
         data = [] if "--data" in arguments else ["--data", "shapes"]
         status, out, err = run("train", *data, "--width", "0.125", *arguments.split(), *extra)
-        assert status == 2 and out == "" and words in err and "Traceback" not in err
+        assert status == 2 and words in err and "Traceback" not in err
+        assert out.count("\n") == ("bad" in arguments)  # what was found, before an image is read
         assert err.count("\n") == 1 or "─" in err
         assert sorted(tmp_path.rglob("*")) == files and (tmp_path / "ckpt.pt").read_text() == "precious"
 
