@@ -963,7 +963,7 @@ def check_data(config: Config, data: Data, linear: bool = False) -> None:
 
 
 def frozen_features(
-    encoder: nn.Module, split: InMemory | Folder, config: Config, autocast: Callable, head: bool = False
+    encoder: nn.Module, split: InMemory | Folder, config: Config, autocast: Callable, head: bool
 ) -> Tensor:
     """Return a split's features (M,D) in eval mode: pooled, or the head's output; the encoder's mode is restored."""
     encode = encoder if head else encoder.features
@@ -1026,8 +1026,8 @@ def draw_neighbours(
     Test images are taken if there are any, and frames are green or red as the labels are equal or not.
     """
     queries, cut = data.test or data.train, Augment(config.aug, config.eval_size or config.size).centre
-    bank = frozen_features(encoder, data.train, config, autocast)
-    features = frozen_features(encoder, data.test, config, autocast) if data.test else bank
+    bank = frozen_features(encoder, data.train, config, autocast, head=False)
+    features = frozen_features(encoder, data.test, config, autocast, head=False) if data.test else bank
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:rows]
     similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
     alone = queries is data.train

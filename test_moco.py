@@ -1090,6 +1090,12 @@ class TestMechanisms:
             Config(method="simclr", **{name: True})
 
 
+def pixels(encoder, split, config, autocast, head):
+    """Stand in for `frozen_features`, of the backbone."""
+    assert not head
+    return split.images.flatten(1).double()
+
+
 class TestEvaluation:
     @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.data(), st.floats(0.01, 1))
     def test_knn_is_the_vote_of_the_k_nearest_by_cosine_with_exponential_weights(self, seed, n, m, data, t):
@@ -1259,7 +1265,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("labelled, width", [(True, 7), (False, 6)])
     def test_a_small_bank_has_no_more_neighbours_than_images(self, few, monkeypatch, labelled, width):
         monkeypatch.setattr(moco, "mosaic", lambda images, colours: images.shape[1])
-        monkeypatch.setattr(moco, "frozen_features", lambda _, split, *__: split.images.flatten(1).double())
+        monkeypatch.setattr(moco, "frozen_features", pixels)
         data = moco.load_data(tiny_config(), CPU)
         data.train = InMemory(data.train.images[:6], data.train.labels[:6])
         data.test = data.test if labelled else None
@@ -1268,7 +1274,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("labelled", [True, False])
     def test_neighbours_are_the_nearest_others_framed_by_whether_the_labels_agree(self, few, monkeypatch, labelled):
         monkeypatch.setattr(moco, "mosaic", lambda images, colours: (images, colours))
-        monkeypatch.setattr(moco, "frozen_features", lambda _, split, *__: split.images.flatten(1).double())
+        monkeypatch.setattr(moco, "frozen_features", pixels)
         data = moco.load_data(tiny_config(), CPU)
         data.test = data.test if labelled else None
         queries = data.test or data.train
