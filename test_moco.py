@@ -1120,6 +1120,10 @@ class TestEvaluation:
         query = torch.tensor([[1.0, 0.0]])
         assert [knn_predict(query, bank, labels, 2, 3, t).item() for t in (0.1, 0.5, 1.0)] == [0, 0, 1]
 
+    def test_an_image_without_features_is_near_to_none(self):
+        bank, labels = torch.tensor([[0.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 1])
+        assert knn_predict(torch.tensor([[1.0, 0.0]]), bank, labels, 2, 1, 0.1).item() == 1
+
     def test_a_query_is_answered_alike_alone_and_among_many(self, monkeypatch):
         x, bank, labels = torch.randn(300, 8), torch.randn(2**18, 8), torch.randint(0, 5, (2**18,))
         together = knn_predict(x, bank, labels, 5, 20, 0.1)  # 128 queries a chunk
@@ -1197,6 +1201,7 @@ class TestEvaluation:
         x = torch.randn(60, 3, generator=rng(seed), dtype=torch.float64)
         y = (x[:, 0] + x[:, 1].sin()).clamp(0, classes - 1).round().long()
         linear = moco.fit_linear(x, y, classes, decay=0.01)
+        assert not linear.weight.requires_grad and not linear.bias.requires_grad
         weight, bias = (p.clone().requires_grad_() for p in (linear.weight, linear.bias))
         probability = (x @ weight.T + bias).exp()
         likelihood = probability[torch.arange(60), y] / probability.sum(1)
