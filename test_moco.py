@@ -1124,12 +1124,13 @@ class TestEvaluation:
         bank, labels = torch.tensor([[0.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 1])
         assert knn_predict(torch.tensor([[1.0, 0.0]]), bank, labels, 2, 1, 0.1).item() == 1
 
-    def test_a_query_is_answered_alike_alone_and_among_many(self, monkeypatch):
+    def test_a_query_is_answered_alike_alone_and_among_many_in_chunks_of_128_mib(self, monkeypatch):
         x, bank, labels = torch.randn(300, 8), torch.randn(2**18, 8), torch.randint(0, 5, (2**18,))
-        together = knn_predict(x, bank, labels, 5, 20, 0.1)  # 128 queries a chunk
-        assert torch.equal(
-            together[::60], torch.cat([knn_predict(row[None], bank, labels, 5, 20, 0.1) for row in x[::60]])
-        )
+        alone = torch.cat([knn_predict(row[None], bank, labels, 5, 20, 0.1) for row in x[::60]])
+        chunks, topk = [], torch.Tensor.topk
+        monkeypatch.setattr(torch.Tensor, "topk", lambda s, k: chunks.append(s.nbytes / 2**20) or topk(s, k))
+        assert torch.equal(knn_predict(x, bank, labels, 5, 20, 0.1)[::60], alone)
+        assert chunks == [128, 128, 44]
 
     @pytest.mark.parametrize("k", [0, 4])
     def test_more_neighbours_than_the_bank_holds_are_a_value_error(self, k):
