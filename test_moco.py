@@ -1221,14 +1221,16 @@ class TestEvaluation:
 
     def test_the_linear_classifier_sees_standardised_features(self, monkeypatch):
         seen = []
-        features = iter([100 + 7 * torch.randn(50, 3), 100 + 7 * torch.randn(20, 3)])
+        bank, queries = 100 + 7 * torch.randn(50, 4), 100 + 7 * torch.randn(20, 4)
+        bank[:, 3] = queries[:, 3] = 5  # of no deviation
+        features = iter([bank, queries])
         monkeypatch.setattr(moco, "extract_features", lambda *_: next(features))
         monkeypatch.setattr(moco, "fit_linear", lambda x, *_: seen.append(x) or (lambda z: seen.append(z) or z))
         data = moco.Data(InMemory(None, torch.zeros(50)), InMemory(None, torch.zeros(20)), 3)
         moco.accuracy(ResNetEncoder(width=0.125), data, tiny_config(), torch.no_grad, linear=True)
-        close(seen[0].mean(0), torch.zeros(3), atol=1e-4)
-        close(seen[0].std(0), torch.ones(3), atol=1e-4)
-        assert 0 < (seen[1].std(0) - 1).abs().max() < 1
+        close(seen[0].mean(0), torch.zeros(4), atol=1e-4)
+        close(seen[0].std(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-4)
+        assert 0 < (seen[1].std(0)[:3] - 1).abs().max() < 1
 
     def test_classes_on_two_sides_of_a_plane_are_told_apart(self):
         x = torch.randn(200, 5, generator=rng(0))
