@@ -32,6 +32,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", ["cpu", CUDA])
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a case of options by them, so that the list of tests can be read."""
+    return ",".join(f"{name}={x}" for name, x in val.items()) or "defaults" if isinstance(val, dict) else None
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
