@@ -448,7 +448,7 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     ratio = (math.log(4 / 3) * (2 * u[1] - 1)).exp()
     h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    top, left = (u[2] * (height - h + 1)).floor(), (u[3] * (width - w + 1)).floor()
+    top, left = u[2] * (height - h + 1), u[3] * (width - w + 1)  # rounded down below
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     first = fits.int().argmax(1, keepdim=True)
     boxes = torch.cat([x.gather(1, first) for x in (top, left, h, w)], 1)

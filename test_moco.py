@@ -312,6 +312,12 @@ class TestViews:
         for image, box, actual in zip(x, boxes.tolist(), moco.crop(x, boxes, size), strict=True):
             close(actual, tvf.resized_crop(image, *box, [size, size], antialias=True))
 
+    def test_a_crop_may_be_the_whole_image_and_the_first_try_that_fits_counts(self):
+        u = torch.full((1, 4, 10), 0.5)
+        u[0, 0] = torch.linspace(1, 0, 10)  # ever smaller areas
+        assert moco.crop_boxes(u, 4, 4, (0.2, 1)).tolist() == [[0, 0, 4, 4]]
+        assert moco.crop_boxes(u, 4, 4, (0.2, 2)).tolist() == [[0, 0, 4, 4]]  # the fifth
+
     @given(SEEDS, st.integers(1, 60), st.integers(1, 60))
     def test_a_crop_box_lies_within_the_image(self, seed, height, width):
         top, left, h, w = moco.crop_boxes(draws(rng(seed), 50, 4, 10), height, width, (0.08, 1)).T
