@@ -499,7 +499,7 @@ def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """
     luma = grey(x)
     mean = luma.mean((1, 2, 3), keepdim=True)
-    reference = torch.addcmul(mean * (operation == 1), luma, (operation == 2).to(x))
+    reference = torch.addcmul(mean * (operation == 1), luma, operation == 2)
     return torch.lerp(reference, x, factor).clamp_(0, 1)
 
 
@@ -622,7 +622,7 @@ class Augment(nn.Module):
     def centre(self, images: Tensor, *_: Any) -> Tensor:
         """Cut for evaluation: resize uint8 (…,3,H,W) to a shorter side of margin·S, take the centre (…,3,S,S)."""
         side = round(self.size * self.recipe.margin)
-        return tvf.center_crop(tvf.resize(images, [side], antialias=True), [self.size, self.size])
+        return tvf.center_crop(tvf.resize(images, [side]), [self.size, self.size])
 
 
 @dataclass
@@ -649,7 +649,7 @@ class SplitTwoViews:
         size, scale = self.augment.size, self.augment.scale
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], scale)
-        return torch.stack([tvf.resized_crop(image, *box, [size, size], antialias=True) for box in boxes.tolist()])
+        return torch.stack([tvf.resized_crop(image, *box, [size, size]) for box in boxes.tolist()])
 
 
 # ───────────────────────────────────────────────── Encoder ────────────────────────────────────────────────

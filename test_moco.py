@@ -464,6 +464,9 @@ class TestViews:
         views = augment.finish(one / 255, rng(0)) if steps else augment(one, rng(0))
         assert len(views.flatten(1).unique(dim=0)) == 6
 
+    def test_views_add_nothing_to_a_checkpoint(self):
+        assert not Augment().state_dict()
+
     @given(SEEDS)
     def test_views_are_a_function_of_images_and_seed(self, seed):
         for images in (images_of(3), torch.stack([images_of(3), images_of(3, seed=1)])):
@@ -783,6 +786,7 @@ OPERATIONS = {  # of images x (8,3,24,24) in [0,1]
     "blur": lambda x: moco.gaussian_blur(x, torch.linspace(0.1, 2, 8)[:, None].to(x)),
     "grey": lambda x: moco.grey(x),
     "views": lambda x: torch.cat(SplitTwoViews(Augment("v2", 16))((255 * x).byte(), rng(0))),
+    "restored": lambda x: Augment("v2", 24).restore(x),
     "split batch norm": lambda x: SplitBatchNorm(3, 4).to(x)(x),
     "encoder": lambda x: placed(ResNetEncoder("resnet10", width=0.125, bn_splits=2), x)(x),
     "loss": lambda x: info_nce(*F.normalize(x[:6, :, 0], dim=2).flatten(1).split(3), x[:5, :, 0].flatten(1).T, 0.3),
@@ -934,9 +938,9 @@ class TestMoCo:
         ],
     )
     def test_a_step_on_cuda_leaves_no_tensor_behind_and_waits_for_nothing(self, options):
-        model, augment = moco.build_model(tiny_config(**options), 8), Augment()
+        model, augment = moco.build_model(tiny_config(**options), 8), Augment("v2", 32)
         with FakeTensorMode(allow_non_fake_inputs=True), NothingWaits():
-            for module in (*model.modules(), augment):
+            for module in model.modules():
                 for store in (module._parameters, module._buffers):
                     for name, tensor in store.items():
                         if tensor is not None:
@@ -952,6 +956,13 @@ class TestMoCo:
             predictions = knn_predict(features, features, labels, 3, 2, 0.1)
         assert {x.device.type for x in (x_q, x_k, loss, features, predictions, *model.buffers())} == {"cuda"}
         assert loss.dtype == features.dtype == torch.float32
+
+    @pretended_cuda
+    @pytest.mark.filterwarnings("ignore:CUDA is not available")
+    @pytest.mark.parametrize("name", ["crop", "jitter", "blur", "grey", "views", "restored", "loss", "muon", "kNN"])
+    def test_an_operation_on_cuda_takes_no_tensor_from_elsewhere(self, name):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert OPERATIONS[name](torch.empty(8, 3, 24, 24, device="cuda")).device.type == "cuda"
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
     def test_a_training_step_on_cuda_is_the_one_on_the_cpu(self):
