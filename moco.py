@@ -72,7 +72,7 @@ COUNT = (lambda value: value >= 1, "must be at least 1")
 NATURAL = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
 PART = (lambda value: 0 <= value <= 1, "must lie in [0, 1]")
-WIDTH = (lambda value: 1 / 8 <= value < 99, "must lie in [1/8, 99)")  # a group of a ResNeXt keeps one channel
+WIDTH = (lambda value: 1 / 8 <= value < 99, "must lie in [1/8, 99)")  # at 1/8 a group of a ResNeXt has one channel
 SEED = (lambda value: 0 <= value < 2**64, "must lie in [0, 2^64)")
 
 
@@ -1242,10 +1242,15 @@ def log_of(out: str) -> Path:
     return Path(out.removesuffix(".pt") + ".csv")
 
 
+def has_place(path: Path) -> bool:
+    """Tell whether a file can be put at a path: its folder exists, and no folder or device stands there."""
+    return path.parent.is_dir() and (path.is_file() or not path.exists())
+
+
 def check_run(config: Config, data: Data) -> None:
     """Raise UserError for what would fail later: a file in the way, too large a batch, impossible kNN."""
     out = Path(config.out)
-    if out.is_dir() or not out.parent.is_dir():
+    if not has_place(out):
         raise UserError(f"--out {out}: must be a file in a folder that exists")
     for path in (out, log_of(config.out)) if ranks()[0] == 0 and not (config.overwrite or config.resume) else ():
         if path.exists() and path.stat().st_size:
@@ -1316,7 +1321,7 @@ def write_rows(file: TextIO, rows: list[dict[str, Any]]) -> None:
         csv.writer(file).writerows([*rows[:1], *(row.values() for row in rows)])  # a row itself yields its names
         file.flush()
     except OSError as error:
-        raise UserError(f"--out: {file.name} not written ({error.strerror}); the checkpoint is") from error
+        raise UserError(f"--out: {file.name} not written ({error.strerror})") from error
 
 
 @dataclass
@@ -1504,7 +1509,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def check_new(out: str, options: dict[str, Any]) -> None:
     """Raise UserError if a command's output has no place, or a file in its way, before any work is done."""
-    if Path(out).is_dir() or not Path(out).parent.is_dir():
+    if not has_place(Path(out)):
         raise UserError(f"{out}: must be a file in a folder that exists")
     if Path(out).exists() and not options["overwrite"]:
         raise UserError(f"{out}: exists already; give --overwrite to replace it")

@@ -2075,7 +2075,7 @@ class TestNeverLosingARun:
     def test_a_csv_that_takes_no_row_costs_a_line(self):
         with (
             open(os.devnull) as log,
-            pytest.raises(UserError, match="^--out: /dev/null not written .*; the checkpoint"),
+            pytest.raises(UserError, match=r"^--out: /dev/null not written \(.+\)$"),
         ):
             moco.write_rows(log, [{"epoch": 1}])
 
@@ -2164,6 +2164,7 @@ import json, torch, moco
 torch.set_default_dtype(torch.float64)
 for options in json.loads(sys.argv[1]):
     list(moco.Run(moco.Config(**options)).train())
+torch.distributed.destroy_process_group()  # else gloo's threads may abort the exit
 """
     (place / "several.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(MOCO).parent)!r})\n{code}")
     results = {}
@@ -2254,6 +2255,7 @@ class TestCommandLine:
             ("--batch-size 16", "--out ckpt.pt: exists"), ("--batch-size 16 --out no/c.pt", "--out no/c.pt"),
             ("--batch-size 16 --out c.pt --knn-k 41", "--knn-k 41"), ("--device cuda", "--device cuda"),
             ("--batch-size 16 --out empty --overwrite", "--out empty: must be a file"),
+            ("--batch-size 16 --out device --overwrite", "--out device: must be a file"),
         ],
     )  # fmt: skip
     def test_a_mistake_costs_a_line_on_stderr_and_status_2_and_writes_nothing(
@@ -2265,6 +2267,7 @@ class TestCommandLine:
         for i in range(16):
             (tmp_path / "bad" / f"{i}.png").write_text("no image")
         (tmp_path / "ckpt.pt").write_text("precious")
+        os.mkfifo(tmp_path / "device")  # as /dev/null, which root could replace
         files = sorted(tmp_path.rglob("*"))
         extra = ["--batch-size", "16", "--out", "x.pt", "--workers", "0"] if "bad" in arguments else []
         data = [] if "--data" in arguments else ["--data", "shapes"]
@@ -2291,7 +2294,8 @@ class TestCommandLine:
 
     def test_a_place_that_takes_no_file_costs_a_line(self, run, checkpoint):
         torch.save(checkpoint, "ckpt.pt")
-        for place in ("ckpt.pt/x.pt", "no/x.pt", "."):
+        os.mkfifo("device")
+        for place in ("ckpt.pt/x.pt", "no/x.pt", ".", "device"):
             expected = f"moco: {place}: must be a file in a folder that exists\n"
             assert run("export", "ckpt.pt", place)[::2] == run("neighbors", "ckpt.pt", place)[::2] == (2, expected)
         with pytest.raises(UserError, match=r"^ckpt.pt/x.pt: not written \("):
