@@ -146,9 +146,14 @@ class Config:
         for name in ("symmetric", "batch_negatives"):
             if getattr(self, name) and self.method != "moco":
                 raise UserError(f"{flag(name)}: --method {self.method} has no such form; give {flag('no_' + name)}")
-        if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
-            rule = f"must be a multiple of --bn-splits {self.bn_splits}, and at least twice that"
-            raise UserError(f"--batch-size {self.batch_size}: {rule}")
+        self.check_batch()
+
+    def check_batch(self) -> None:
+        """Raise UserError if the groups that BatchNorm normalises are not equal, or of one image."""
+        groups = ranks()[1] * self.bn_splits
+        if self.batch_size % groups or self.batch_size < 2 * groups:
+            product = f"{ranks()[1]} processes times " * (ranks()[1] > 1) + f"--bn-splits {self.bn_splits}"
+            raise UserError(f"--batch-size {self.batch_size}: must be a multiple of {product}, and at least twice that")
 
 
 V1 = dict(
@@ -551,7 +556,7 @@ def random_jitter(x: Tensor, draw: Callable, *strengths: float) -> Tensor:
     return colour_jitter(x, draw(len(x), 4).argsort(1), spread + (torch.arange(4, device=x.device) < 3))
 
 
-STEPS: dict[str, Callable] = {  # (x, draw, *strengths) -> x; draw(*shape) is uniform in [0,1)
+TRANSFORMS: dict[str, Callable] = {  # (x, draw, *strengths) -> x; draw(*shape) is uniform in [0,1)
     "flip": lambda x, draw: x.flip(-1),
     "grey": lambda x, draw: grey(x),
     "jitter": random_jitter,
@@ -561,10 +566,10 @@ STEPS: dict[str, Callable] = {  # (x, draw, *strengths) -> x; draw(*shape) is un
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe the views: area of the crop, then steps of name, probability and strengths, then normalisation."""
+    """Describe views: area of the crop, transforms of name, probability and strengths, then normalisation."""
 
     scale: tuple[float, float]
-    steps: tuple[tuple, ...]
+    transforms: tuple[tuple, ...]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     margin: float = 256 / 224  # to evaluate, the shorter side becomes margin·S, and the centre S×S is cut out
@@ -600,14 +605,14 @@ class Augment(nn.Module):
         return self.finish(crop(images / 255, boxes.to(images.device, non_blocking=True), self.size), generator)
 
     def finish(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Take crops (N,3,S,S) in [0,1] through the recipe's steps and normalise them."""
+        """Take crops (N,3,S,S) in [0,1] through the recipe's transforms and normalise them."""
 
         def draw(*shape: int) -> Tensor:
             return uniform(generator, *shape).to(x.device, non_blocking=True)
 
-        for name, probability, *strengths in self.recipe.steps:
+        for name, probability, *strengths in self.recipe.transforms:
             chosen = (draw(len(x), 1, 1, 1) < probability).to(x)
-            x = torch.lerp(x, STEPS[name](x, draw, *strengths), chosen)
+            x = torch.lerp(x, TRANSFORMS[name](x, draw, *strengths), chosen)
         return self.normalise(x)
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -1255,10 +1260,7 @@ def check_run(config: Config, data: Data) -> None:
     for path in (out, log_of(config.out)) if ranks()[0] == 0 and not (config.overwrite or config.resume) else ():
         if path.exists() and path.stat().st_size:
             raise UserError(f"--out {path}: exists already; give --resume to go on, --overwrite, or another --out")
-    groups = ranks()[1] * config.bn_splits
-    if config.batch_size % groups or config.batch_size < 2 * groups:
-        rule = f"must be a multiple of {ranks()[1]} processes times --bn-splits {config.bn_splits}, at least twice that"
-        raise UserError(f"--batch-size {config.batch_size}: {rule}")
+    config.check_batch()  # once more, now that there may be other processes
     if config.batch_size > len(data.train):
         raise UserError(f"--batch-size {config.batch_size}: more than the {len(data.train)} images of {config.data}")
     if data.test is not None:
@@ -1394,7 +1396,7 @@ class Run:
             rate = learning_rate(self.config, (step - 1) / self.per_epoch)
             raise UserError(
                 f"step {step}: loss or weights are not finite, at learning rate {rate:.3g}; use a lower --lr or "
-                f"--precision fp32, from the start or with --resume from the last good {self.config.out}"
+                f"--precision fp32, from the start or, if {self.config.out} was saved before, with --resume"
             )
         checkpoint = {
             "epoch": self.step // self.per_epoch, "step": self.step, "arch": self.config.arch,
@@ -1735,10 +1737,14 @@ def command_line() -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; a user's mistake costs one line on stderr and exit status 2."""
+    """Run a command; a user's mistake, or too little memory, costs one line on stderr and exit status 2."""
     try:
         command_line()(args=argv)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
+        if "tried to allocate" in str(error).lower():  # as torch says of every device
+            error = "not enough memory; take a smaller --size, --batch-size or --width, or another --device"
+        elif not isinstance(error, UserError):
+            raise
         print(f"moco: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

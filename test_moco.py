@@ -388,8 +388,8 @@ class TestViews:
 
     def test_grey_is_torchvisions_luma_and_flip_its_horizontal_flip(self):
         x = torch.rand(2, 3, 6, 5)
-        close(moco.STEPS["grey"](x, None).expand_as(x), tvf.rgb_to_grayscale(x, 3))
-        assert torch.equal(moco.STEPS["flip"](x, None), tvf.horizontal_flip(x))
+        close(moco.TRANSFORMS["grey"](x, None).expand_as(x), tvf.rgb_to_grayscale(x, 3))
+        assert torch.equal(moco.TRANSFORMS["flip"](x, None), tvf.horizontal_flip(x))
 
     def test_jitter_draws_uniform_factors_and_every_order(self, monkeypatch):
         monkeypatch.setattr(moco, "colour_jitter", lambda x, order, factors: (order, factors))
@@ -403,15 +403,15 @@ class TestViews:
 
     def test_blur_draws_sigma_uniformly_image_by_image(self, monkeypatch):
         monkeypatch.setattr(moco, "gaussian_blur", lambda x, sigma: sigma)
-        sigma = moco.STEPS["blur"](torch.empty(9600, 0), partial(draws, rng(3)), 0.1, 2.0)
+        sigma = moco.TRANSFORMS["blur"](torch.empty(9600, 0), partial(draws, rng(3)), 0.1, 2.0)
         assert sigma.shape == (9600, 1)
         assert kolmogorov_smirnov(sigma[:, 0], torch.linspace(0.1, 2, 9600)) < 1.95 / math.sqrt(9600)  # 1 in 1000
 
     @pytest.mark.parametrize("name, p", [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)])
     def test_a_step_is_taken_with_its_probability_image_by_image(self, monkeypatch, name, p):
-        monkeypatch.setitem(moco.STEPS, name, lambda x, draw, *_: x + 5)
-        for other in set(moco.STEPS) - {name}:
-            monkeypatch.setitem(moco.STEPS, other, lambda x, draw, *_: x)
+        monkeypatch.setitem(moco.TRANSFORMS, name, lambda x, draw, *_: x + 5)
+        for other in set(moco.TRANSFORMS) - {name}:
+            monkeypatch.setitem(moco.TRANSFORMS, other, lambda x, draw, *_: x)
         augment = Augment("v2", 1)
         taken = (
             augment.finish(torch.zeros(4000, 3, 1, 1), rng(0)).flatten(1)[:, 0]
@@ -420,8 +420,8 @@ class TestViews:
         assert abs(taken.float().mean() - p) < 3.3 * math.sqrt(p * (1 - p) / 4000)  # false alarm: 1 in 1000
 
     def test_steps_are_chosen_independently(self, monkeypatch):
-        for bit, name in enumerate(moco.STEPS):
-            monkeypatch.setitem(moco.STEPS, name, lambda x, draw, *_, bit=bit: x + 2**bit)
+        for bit, name in enumerate(moco.TRANSFORMS):
+            monkeypatch.setitem(moco.TRANSFORMS, name, lambda x, draw, *_, bit=bit: x + 2**bit)
         augment = Augment("v2", 1)
         x = augment.restore(augment.finish(torch.zeros(4000, 3, 1, 1), rng(0)))[:, 0, 0, 0].round().long()
         assert uncorrelated(torch.stack([(x >> bit & 1).double() for bit in range(4)]))
@@ -436,14 +436,14 @@ class TestViews:
     )
     def test_a_recipe_has_the_order_and_strengths_of_record(self, monkeypatch, aug, scale, steps):
         seen = []
-        for name in moco.STEPS:
+        for name in moco.TRANSFORMS:
             monkeypatch.setitem(
-                moco.STEPS, name, lambda x, draw, *s, name=name: seen.append(" ".join(map(str, (name, *s)))) or x
+                moco.TRANSFORMS, name, lambda x, draw, *s, name=name: seen.append(" ".join(map(str, (name, *s)))) or x
             )
         Augment(aug, 8)(images_of(2), rng(0))
         assert seen == [re.sub(r"^(\w+) [\d.]+", r"\1", step) for step in steps.split(", ")]
         assert moco.RECIPES[aug].scale == scale
-        assert [" ".join(map(str, step)) for step in moco.RECIPES[aug].steps] == steps.split(", ")
+        assert [" ".join(map(str, step)) for step in moco.RECIPES[aug].transforms] == steps.split(", ")
 
     @pytest.mark.parametrize("min_crop, smallest", [(0, 0.2), (0.6, 0.6), (1, 1)])
     def test_min_crop_takes_the_place_of_the_recipes_smallest_crop(self, monkeypatch, min_crop, smallest):
@@ -1663,6 +1663,12 @@ class TestTraining:
         assert [layer.out_features for layer in model.encoder_q.fc[::2]] == [24, 12]
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_the_weights_are_a_function_of_the_seed_alone(self):
+        one = moco.build_model(tiny_config(seed=1), 8).state_dict()
+        torch.rand(1)
+        assert same(one, moco.build_model(tiny_config(seed=1), 8).state_dict())
+        assert not same(one, moco.build_model(tiny_config(seed=2), 8).state_dict())
+
     def test_a_run_makes_its_views_as_configured(self, few, tmp_path):
         config = tiny_config(out=str(tmp_path / "c.pt"), aug="v2", size=24, min_crop=0.5, seed=7)
         augment = (views := moco.Run(config).split_two_views).augment
@@ -1816,6 +1822,40 @@ class TestTraining:
             for precision, bf16 in (("auto", hardware), ("bf16", True), ("fp32", False)):
                 with moco.pick_device(Config(precision=precision))[1]():
                     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+    @pytest.mark.parametrize("hardware", [True, False])
+    def test_on_cuda_auto_takes_bf16_if_it_is_no_emulation(self, monkeypatch, hardware):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
+        )
+        assert moco.pick_device(Config(device="cuda"))[1].keywords == {"enabled": hardware}
+
+    def test_under_torchrun_a_process_joins_the_others_once_and_takes_the_gpu_of_its_rank(self, monkeypatch):
+        calls = []
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+        monkeypatch.setattr(moco.dist, "init_process_group", calls.append)
+        cuda, _ = moco.pick_device(Config(device="cuda"))
+        for launched, joined in ((False, False), (True, False), (True, True)):
+            monkeypatch.setattr(moco.dist, "is_torchelastic_launched", lambda launched=launched: launched)
+            monkeypatch.setattr(moco.dist, "is_initialized", lambda joined=joined: joined)
+            moco.join_processes(cuda)
+            moco.join_processes(CPU)
+        assert cuda == torch.device("cuda", 3) and calls == [cuda, "cpu:gloo,cuda:nccl", cuda, "gloo", cuda]
+
+    def test_glibc_keeps_freed_memory_and_another_library_is_let_be(self, monkeypatch):
+        calls = []
+        for library in (types.SimpleNamespace(mallopt=lambda *x: calls.append(x)), None):
+            monkeypatch.setattr(moco, "ctypes", types.SimpleNamespace(CDLL=lambda name, library=library: library))
+            moco.keep_freed_memory()
+        assert calls == [(-4, 0), (-1, -1)]
+
+    def test_several_processes_keep_buffers_of_their_own_by_the_option_that_torch_has_for_it(self):
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        assert moco.OWN_BUFFERS == next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
 
 
 class TestExport:
@@ -2233,6 +2273,8 @@ class TestCommandLine:
         assert status == 0 and result["top1"] == pytest.approx(float(row["knn"]))
         assert (result["k"], result["T"], result["bank"], result["queries"]) == (5, 0.1, 40, 20)
         assert run("knn", "ckpt.pt", "--head", "--knn-k", "3")[1].startswith("kNN top-1 ")
+        linear = json.loads(run("linear", "ckpt.pt", "--json")[1])
+        assert result.keys() - linear.keys() == {"k", "T"} and linear["checkpoint"] == "ckpt.pt"
 
     @pytest.mark.parametrize("options, side", [("", 32), ("--size 16", 16), ("--size 16 --eval-size 40", 40)])
     def test_a_size_given_to_knn_wins_over_what_training_evaluated_at(
@@ -2277,6 +2319,22 @@ class TestCommandLine:
         assert err.count("\n") == 1 or "─" in err
         assert sorted(tmp_path.rglob("*")) == files and (tmp_path / "ckpt.pt").read_text() == "precious"
 
+    def test_too_little_memory_costs_a_line_and_a_bug_a_plain_traceback(self, run, monkeypatch, capsys):
+        line = "moco: not enough memory; take a smaller --size, --batch-size or --width, or another --device\n"
+        assert run("views", "x.png", "--preset", "tiny", "--size", "5000000") == (2, "", line)
+        errors = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), RuntimeError("a bug")])
+
+        def fail(*_):
+            raise next(errors)
+
+        monkeypatch.setattr(moco, "load_data", fail)
+        assert run("views", "x.png") == (2, "", line)
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        with pytest.raises(RuntimeError, match="a bug") as caught:
+            run("views", "x.png")
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+
     def test_knn_refuses_unlabelled_images_and_too_large_a_k(self, few, run, folder):
         run("train", *"--preset tiny --width 0.125 --batch-size 8 --epochs 1 --knn-k 5 --device cpu".split())
         for arguments, words in (
@@ -2300,6 +2358,18 @@ class TestCommandLine:
             assert run("export", "ckpt.pt", place)[::2] == run("neighbors", "ckpt.pt", place)[::2] == (2, expected)
         with pytest.raises(UserError, match=r"^ckpt.pt/x.pt: not written \("):
             moco.write_file("ckpt.pt/x.pt", None)
+
+    def test_without_a_command_it_says_what_it_is_and_what_it_can_do(self, run, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        out = "".join(run()[1:])
+        assert moco.__doc__.splitlines()[0] in out and all(command.__name__ in out for command in moco.COMMANDS)
+
+    def test_views_are_drawn_without_decoding_all_images_or_starting_workers(self, run, monkeypatch):
+        seen = []
+        monkeypatch.setattr(moco, "load_data", lambda config, device: seen.append((config, device)) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("views", "x.png", "--preset", "cpu")
+        assert seen == [(Config.from_preset("cpu", cache=False, workers=0), CPU)]
 
     def test_an_argument_has_its_own_help(self, run):
         assert "file to write; -: stdout" in run("export", "--help")[1]
@@ -2383,7 +2453,8 @@ class TestCommandLine:
         place = folder if labelled else folder / "train"
         options = "--size 16 --width 0.125 --batch-size 8 --bn-splits 2 --epochs 1 --knn-k 3 --workers 0 --device cpu"
         command = ["train", "--data", str(place), *options.split(), "--precision", "bf16", "--out", "a b.pt"]
-        first, _, last = run(*command)[1].splitlines()
+        first, epoch, last = run(*command)[1].splitlines()
+        assert re.search(r"ETA 0:00:00" + r"  kNN \d+\.\d\d %" * labelled + "$", epoch)
         labels = "of 2 classes, 8 to test on" if labelled else "without labels"
         assert first == f"{place}: 20 images {labels}; cpu, bf16"
         following = shlex.split(last.split("python moco.py ")[1])
