@@ -1202,7 +1202,7 @@ class Muon(torch.optim.Optimizer):
     Nesterov's SGD.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
@@ -1494,7 +1494,7 @@ def as_typer(command: Callable, *options: str) -> Callable:
     for name in options:
         (kind, text, *_), default = get_args(hints[name]), getattr(Config, name)
         kind = list[int] if isinstance(default, tuple) else kind
-        hint = Annotated[kind | None, typer.Option(help=text, show_default=str(default))]
+        hint = Annotated[kind | None, typer.Option(help=text, show_default=str(default) or False)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
 
     def call(**arguments: Any) -> None:
@@ -1653,7 +1653,7 @@ def train(**options: Any) -> None:
     explicit = given(options)
     if explicit.get("resume"):
         out = explicit.get("out", Config.out)
-        config = Config(**load_run(out)["config"] | {"overwrite": False, "out": out} | explicit)
+        config = Config(**load_run(out)["config"] | {"out": out} | explicit)
     else:
         config = Config.from_preset(**explicit)
     with working(f"reading {config.data}"):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import rich
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -782,7 +783,7 @@ def moco_of(x, **options):
 def muon_step(x):
     weight = nn.Parameter(x.flatten(1))
     weight.grad = x.flatten(1).flip(0)
-    moco.Muon([weight], 0.1).step()
+    moco.Muon([weight], 0.1, 0.9).step()
     return weight.detach()
 
 
@@ -1628,7 +1629,7 @@ class TestTraining:
     def test_muon_leaves_a_weight_without_norm_or_gradient_as_it_is(self, weight, gradient):
         ours = nn.Parameter(torch.full((2, 3), weight))
         ours.grad = torch.full((2, 3), gradient)
-        moco.Muon([ours], 0.1).step()
+        moco.Muon([ours], 0.1, 0.9).step()
         assert torch.equal(ours, torch.full((2, 3), weight))
 
     def test_muon_moves_vectors_as_nesterovs_sgd_and_leaves_alone_what_has_no_gradient(self):
@@ -1649,9 +1650,9 @@ class TestTraining:
         assert len(first.unique()) == len(first) == n // 8 * 8 and first.max() < n
         assert not torch.equal(first, second)
 
-    def test_another_seed_gives_another_order(self):
-        one, two = ([i.tolist() for _, i in moco.batch_plan(40, tiny_config(seed=seed))] for seed in (1, 2))
-        assert one != two
+    def test_the_order_is_a_function_of_the_seed(self):
+        one, two, again = ([i.tolist() for _, i in moco.batch_plan(40, tiny_config(seed=seed))] for seed in (1, 2, 1))
+        assert one != two and one == again
 
     @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
     def test_a_model_is_built_as_configured_and_no_global_generator_moves(self, method):
@@ -1659,6 +1660,7 @@ class TestTraining:
         state = torch.get_rng_state()
         model = moco.build_model(tiny_config(method=method, **options), 8)
         expected = {"T": 0.37, "K": 48, "m": 0.375 if method == "memory-bank" else 0.625}
+        assert type(model).__name__.lower() == method.replace("-", "")
         assert all(getattr(model, name, value) == value for name, value in expected.items())
         assert [layer.out_features for layer in model.encoder_q.fc[::2]] == [24, 12]
         assert torch.equal(torch.get_rng_state(), state)
@@ -1846,11 +1848,11 @@ class TestTraining:
             moco.join_processes(CPU)
         assert cuda == torch.device("cuda", 3) and calls == [cuda, "cpu:gloo,cuda:nccl", cuda, "gloo", cuda]
 
-    def test_glibc_keeps_freed_memory_and_another_library_is_let_be(self, monkeypatch):
+    def test_on_a_cpu_glibc_keeps_freed_memory_and_another_library_is_let_be(self, few, tmp_path, monkeypatch):
         calls = []
         for library in (types.SimpleNamespace(mallopt=lambda *x: calls.append(x)), None):
             monkeypatch.setattr(moco, "ctypes", types.SimpleNamespace(CDLL=lambda name, library=library: library))
-            moco.keep_freed_memory()
+            moco.Run(tiny_config(out=str(tmp_path / "c.pt"), device="cpu"))
         assert calls == [(-4, 0), (-1, -1)]
 
     def test_several_processes_keep_buffers_of_their_own_by_the_option_that_torch_has_for_it(self):
@@ -2409,14 +2411,48 @@ class TestCommandLine:
         assert set(re.findall(r"--([a-z-]+)", run(command, "--help")[1])) - {"help"} >= set(names.split())
 
     def test_a_terminal_sees_where_the_run_stands(self, monkeypatch, capsys):
+        now = [100.0]
         monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=iter(range(9, 99, 9)).__next__))
-        row = dict(epoch=2, loss=0.25, lr=0.1, knn=12.5, images_per_s=88.0, seconds=3.0)
-        steps = [moco.Progress(i, 4, torch.tensor(1 / i), 0.5 / i, row if i == 4 else None) for i in (1, 2, 3, 4)]
-        moco.show(steps, Config(epochs=2))
-        text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
-        assert "epoch 2 loss 0.250 lr 0.1250" in text and "epoch 3" not in text
-        assert "epoch 2/2  loss 0.2500  lr 0.1  88 images/s  ETA 0:00:00  kNN 12.50 %" in text
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(rich.get_console(), "get_time", lambda: now[0])
+
+        def steps(last):
+            for i in range(1, last + 1):
+                now[0] += 2
+                row = dict(epoch=i // 2, loss=0.25, lr=0.1, knn=12.5, images_per_s=88.0, seconds=3.0)
+                yield moco.Progress(i, 6, torch.tensor(1 / i), 0.5 / i, None if i % 2 else row)
+
+        for last, expected in (
+            (0, "epoch 1 loss … lr … images/s … ETA -:--:--"),
+            (3, "epoch 2 loss 0.333 lr 0.1667 images/s 256 ETA 0:00:06"),
+            (6, "epoch 3 loss 0.167 lr 0.0833 images/s 256 ETA 0:00:00"),
+        ):
+            moco.show(steps(last), Config(epochs=3))
+            text = capsys.readouterr().out
+            for epoch in range(1, 1 + last // 2):
+                left = f"0:00:0{9 - 3 * epoch}"
+                assert f"epoch {epoch}/3  loss 0.2500  lr 0.1  88 images/s  ETA {left}  kNN 12.50 %\n" in text
+            assert re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).rstrip().endswith(expected)
+
+    @pytest.mark.parametrize("terminal, reads", [(True, [0, 3, 4]), (False, [])])
+    def test_a_loss_is_waited_for_on_a_terminal_alone_and_every_half_second(self, monkeypatch, capsys, terminal, reads):
+        times, seen = [100, 100.25, 100.5, 100.75, 101], []
+        monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "20")
+        monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=iter(times).__next__))
+
+        class Loss:
+            def __format__(self, _):
+                return seen.append(len(fed) - 1) or ""
+
+        row = dict(epoch=2, loss=0.25, lr=0.1, knn=None, images_per_s=88.0, seconds=3.0)
+        fed = []
+        moco.show(
+            (fed.append(i) or moco.Progress(i, 5, Loss(), 0.5, row if i == 5 else None) for i in range(1, 6)), Config()
+        )
+        assert seen == reads
+        assert "epoch 2/100  loss 0.2500  lr 0.1  88 images/s  ETA 0:04:54\n" in capsys.readouterr().out
 
     def test_every_option_of_config_is_a_flag_with_its_help(self, run, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
@@ -2425,6 +2461,8 @@ class TestCommandLine:
         assert status == 0
         for field in dataclasses.fields(Config):
             assert moco.flag(field.name) + " " in text and moco.get_args(field.type)[1][:40] in text
+            assert field.default == "" or f" [default: ({field.default})]" in text
+        assert "()" not in text
 
     def test_schedule_may_be_given_several_times(self, monkeypatch, run):
         seen = []
