@@ -28,7 +28,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-import rich
+import rich.console
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -234,6 +234,26 @@ class TestData:
         (folder / "train" / "notes.txt").write_text("no image")
         data = moco.load_data(Config(data=str(folder / "train")), CPU)
         assert len(data.train) == 20 and data.train.labels is None and data.test is None
+
+    @pytest.mark.parametrize("paths", [["val/a/0.png"], ["train/0.png", "val/a/0.png"], ["train/a/0.png"]])
+    def test_images_have_labels_if_there_are_classes_to_train_on_and_images_to_test_on(self, tmp_path, paths):
+        for path in paths:
+            (tmp_path / path).parent.mkdir(parents=True)
+            tvf.to_pil_image(images_of(1)[0]).save(tmp_path / path)
+        data = moco.load_data(Config(data=str(tmp_path)), CPU)
+        assert len(data.train) == len(paths) and data.train.labels is None and data.test is None
+
+    @pytest.mark.parametrize("kind", ["built in", "streamed", "cached"])
+    def test_images_come_onto_the_device_and_labels_with_those_in_memory(self, few, tmp_path, kind):
+        for path in (tmp_path / "train/a/0.png", tmp_path / "val/a/0.png"):
+            path.parent.mkdir(parents=True)
+            tvf.to_pil_image(images_of(1)[0]).save(path)
+        place = "shapes" if kind == "built in" else str(tmp_path)
+        data = moco.load_data(Config(data=place, cache=kind == "cached", workers=0), torch.device("meta"))
+        for split in (data.train, data.test):
+            (images,) = split.batches([(0, torch.tensor([0]))], Augment().centre)
+            assert images.device.type == "meta" and images.dtype == torch.uint8
+            assert split.labels.device.type == ("cpu" if kind == "streamed" else "meta")
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_streamed_batch_holds_the_two_crops_of_each_image(self, folder, workers):
@@ -1855,6 +1875,23 @@ class TestTraining:
             moco.Run(tiny_config(out=str(tmp_path / "c.pt"), device="cpu"))
         assert calls == [(-4, 0), (-1, -1)]
 
+    def test_all_of_a_run_lies_on_its_device_and_weights_channels_last(self, few, tmp_path, monkeypatch):
+        monkeypatch.setattr(moco, "pick_device", lambda _: (torch.device("meta"), contextlib.nullcontext))
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
+        assert {x.device.type for x in (*run.model.state_dict().values(), run.losses)} == {"meta"}
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in run.model.parameters() if x.dim() == 4)
+
+    @pytest.mark.parametrize("rank, expected", [(0, ["load", "wait", "wait"]), (1, ["wait", "load", "wait"])])
+    def test_the_first_process_downloads_before_the_others(self, monkeypatch, rank, expected):
+        calls = []
+        monkeypatch.setattr(moco, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(moco, "agreed", lambda _: calls.append("wait"))
+        monkeypatch.setattr(moco, "load_data", lambda *_: calls.append("load"))
+        monkeypatch.setattr(moco, "check_run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            moco.Run(Config())
+        assert calls == expected
+
     def test_several_processes_keep_buffers_of_their_own_by_the_option_that_torch_has_for_it(self):
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         assert moco.OWN_BUFFERS == next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
@@ -2385,6 +2422,15 @@ class TestCommandLine:
         )
         assert status == 0 and moco.load_checkpoint("ckpt.pt")["epoch"] == 1
 
+    def test_a_checkpoints_encoder_is_put_on_the_device_with_weights_channels_last(
+        self, few, checkpoint, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(moco, "pick_device", lambda _: (torch.device("meta"), contextlib.nullcontext))
+        torch.save(checkpoint, tmp_path / "c.pt")
+        encoder, data, *_ = moco.reopen(str(tmp_path / "c.pt"), {})
+        assert {x.device.type for x in (*encoder.state_dict().values(), data.test.images)} == {"meta"}
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in encoder.parameters() if x.dim() == 4)
+
     @pytest.mark.parametrize(
         "command, expected",
         [
@@ -2412,10 +2458,9 @@ class TestCommandLine:
 
     def test_a_terminal_sees_where_the_run_stands(self, monkeypatch, capsys):
         now = [100.0]
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", "120")
         monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-        monkeypatch.setattr(rich.get_console(), "get_time", lambda: now[0])
+        console = rich.console.Console(force_terminal=True, width=120, get_time=lambda: now[0])
+        monkeypatch.setattr(rich, "_console", console)
 
         def steps(last):
             for i in range(1, last + 1):
@@ -2438,8 +2483,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("terminal, reads", [(True, [0, 3, 4]), (False, [])])
     def test_a_loss_is_waited_for_on_a_terminal_alone_and_every_half_second(self, monkeypatch, capsys, terminal, reads):
         times, seen = [100, 100.25, 100.5, 100.75, 101], []
-        monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", "20")
+        monkeypatch.setattr(rich, "_console", rich.console.Console(force_terminal=terminal, width=20))
         monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=iter(times).__next__))
 
         class Loss:
