@@ -9,6 +9,7 @@ import dataclasses
 import dis
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -156,6 +157,32 @@ class TestConfig:
         assert len({torch.rand(1, generator=rng(*key), dtype=torch.float64).item() for key in keys}) == 8
 
 
+def shape_of(n, i):
+    """Draw image i of moco.shapes(n, "train"), pixel by pixel: float64 (3,32,32), in levels of 255."""
+    generator, label = rng("shapes", "train"), i % 10
+    for other in range(label + 1):
+        sizes, count = (1, 1, 1, 1, 2, 1, 1, 3, 3, 3), len(range(other, n, 10))
+        drawn = [draws(generator, count, size)[i // 10].tolist() for size in sizes]
+        noise = torch.randn(count, 3, 32, 32, generator=generator)[i // 10].double()
+    (angle,), (r,), (dy,), (dx,), phase, (pitch,), (light,), *tints = drawn
+    angle, r, pitch, image = 2 * math.pi * angle, 0.7 + r / 4, 2 * math.pi * (0.9 + 0.2 * pitch), torch.empty(3, 32, 32)
+    waves, texture = [
+        (1, lambda u, v: 1), (1.5, lambda u, v: math.sin(u)), (2, lambda u, v: math.sin(u) * math.sin(v)),
+        (1.6, lambda u, v: math.cos(u) + math.cos(v) - 0.5), (2.8, lambda u, v: max(math.sin(u), math.sin(v)) - 0.8),
+    ][label % 5]  # fmt: skip
+    for row, column in itertools.product(range(32), range(32)):
+        y, x = (row + 0.5) / 16 - 1 - (dy - 0.5) / 2, (column + 0.5) / 16 - 1 - (dx - 0.5) / 2
+        u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+        a, b = abs(u) / r, abs(v) / r
+        distance = math.hypot(a, b) - 0.9 if label < 5 else min(max(a - 0.35, b - 1), max(b - 0.35, a - 1))
+        u, v = (waves * pitch * place + 2 * math.pi * offset for place, offset in zip((u, v), phase))
+        inside, ink = (min(max(0.5 + x, 0), 1) for x in (-16 * r * distance, 2 * texture(u, v)))
+        for c in range(3):
+            ground, paper, pen = ((light + j / 3) % 1 + 0.04 * tints[j][c] - 0.02 for j in range(3))
+            image[c, row, column] = (1 - inside) * ground + inside * ((1 - ink) * paper + ink * pen)
+    return 255 * (image + 0.02 * noise).clamp(0, 1)
+
+
 class TestData:
     def test_shapes_are_ten_balanced_classes_the_same_every_time(self):
         (images, labels), (again, _), (test, _) = (
@@ -166,6 +193,11 @@ class TestData:
         assert images.shape == (50, 3, 32, 32) and images.dtype == torch.uint8
         assert labels.bincount().tolist() == [5] * 10
         assert torch.equal(images, again) and not torch.equal(images, test)
+
+    @pytest.mark.parametrize("label", range(10))
+    def test_a_shape_is_a_disk_or_a_cross_in_one_of_five_textures(self, label):
+        image = moco.shapes(20, "train")[0][10 + label].double()
+        assert (image - shape_of(20, 10 + label).floor()).abs().max() <= 1
 
     @pytest.mark.parametrize("k", [1, 5, 20, 200])
     def test_shapes_are_hard_for_knn_on_raw_pixels(self, k):
