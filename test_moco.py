@@ -95,20 +95,20 @@ class TestConfig:
                             epochs=100),
             "v1": dict(batch_size=256, lr=0.03, wd=1e-4, moco_k=65536, moco_m=0.999, moco_t=0.07, moco_dim=128,
                        mlp=False, cos=False, schedule=(120, 160), arch="resnet50", stem="imagenet", bn_splits=1,
-                       aug="v1", size=224, epochs=200),
+                       aug="v1", size=224, epochs=200, data="data/imagenet", workers=16),
             "v2": dict(batch_size=256, lr=0.03, wd=1e-4, moco_k=65536, moco_m=0.999, moco_t=0.2, moco_dim=128,
                        mlp=True, cos=True, arch="resnet50", stem="imagenet", bn_splits=1, aug="v2", size=224,
-                       epochs=200),
+                       epochs=200, data="data/imagenet", workers=16),
             "tiny": dict(data="shapes", width=0.25, bn_splits=2, moco_k=256, moco_m=0.99, moco_t=0.1, aug="v1",
                          epochs=9, batch_size=64, lr=0.06, wd=5e-4, knn_k=20, knn_every=5, arch="resnet18"),
             "cpu": dict(size=24, eval_size=32, cache=True, arch="resnet10", width=0.5, bn_splits=2, mlp_dim=1024,
                         mlp_bn=True, moco_k=256, moco_m=0.9, moco_t=0.1, batch_negatives=True, epochs=44, lr=0.06,
-                        batch_size=256, optimizer="muon", warmup_epochs=1.5, knn_every=0, aug="cifar"),
+                        batch_size=256, optimizer="muon", warmup_epochs=1.5, knn_every=0, aug="cifar", min_crop=0.2),
         }.items(),
     )  # fmt: skip
     def test_a_preset_holds_the_hyper_parameters_of_record(self, preset, record):
         options = dataclasses.asdict(Config.from_preset(preset))
-        assert {name: options[name] for name in record} == record
+        assert options == {**dataclasses.asdict(Config()), **record, "preset": preset}
 
     def test_v2_differs_from_v1_by_head_temperature_views_and_schedule_alone(self):
         v1, v2 = (dataclasses.asdict(Config.from_preset(name)) for name in ("v1", "v2"))
@@ -135,12 +135,35 @@ class TestConfig:
         with pytest.raises(UserError, match="^" + moco.flag(name)):
             Config.from_preset(**option)
 
+    @pytest.mark.parametrize(
+        "line, option",
+        {
+            "--epochs 0: must be at least 1": dict(epochs=0),
+            "--wd inf: must be at least 0 and finite": dict(wd=math.inf),
+            "--lr 0: must be above 0 and finite": dict(lr=0),
+            "--moco-m 2: must lie in [0, 1]": dict(moco_m=2),
+            "--width 99: must lie in [1/8, 99)": dict(width=99),
+            "--seed -1: must lie in [0, 2^64)": dict(seed=-1),
+            "--stem x: choose from cifar, imagenet": dict(stem="x"),
+            "--batch-size 12: must be a multiple of --bn-splits 8, and at least twice that": dict(batch_size=12),
+            "--symmetric: --method simclr has no such form; give --no-symmetric": dict(method="simclr", symmetric=True),
+        }.items(),
+    )
+    def test_a_refusal_says_what_must_hold(self, line, option):
+        with pytest.raises(UserError) as error:
+            Config(**option)
+        assert str(error.value) == line
+
+    def test_options_stay_as_they_were_judged(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Config().lr = -1
+
     def test_a_choice_is_judged_before_what_it_goes_with(self):
         with pytest.raises(UserError, match="^--method x: choose from"):
             Config(method="x", symmetric=True)
 
     @pytest.mark.parametrize(
-        "option", [dict(seed=2**64 - 1), dict(moco_m=0), dict(moco_m=1), dict(wd=0), dict(knn_every=0), dict(moco_k=1)]
+        "option", [dict(seed=2**64 - 1), dict(moco_m=0), dict(moco_m=1), dict(wd=0), dict(width=1 / 8), dict(moco_k=1)]
     )
     def test_a_value_on_the_edge_is_accepted(self, option):
         assert dataclasses.asdict(Config(**option)).items() >= option.items()
@@ -198,6 +221,11 @@ class TestData:
     def test_a_shape_is_a_disk_or_a_cross_in_one_of_five_textures(self, label):
         image = moco.shapes(20, "train")[0][10 + label].double()
         assert (image - shape_of(20, 10 + label).floor()).abs().max() <= 1
+
+    def test_there_are_6000_shapes_to_train_on_and_2000_others_to_test_on(self, monkeypatch):
+        monkeypatch.setattr(moco, "shapes", lambda n, split: (torch.tensor([n]), torch.tensor([split == "test"])))
+        data = moco.load_data(tiny_config(), CPU)
+        assert (data.train.images, data.test.images, data.test.labels) == (6000, 2000, True)
 
     @pytest.mark.parametrize("k", [1, 5, 20, 200])
     def test_shapes_are_hard_for_knn_on_raw_pixels(self, k):
