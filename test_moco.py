@@ -125,7 +125,7 @@ class TestConfig:
             dict(precision="fp8"),
             dict(moco_t=0), dict(moco_t=-1), dict(moco_t=math.nan), dict(moco_m=-0.1), dict(moco_m=1.1), dict(moco_k=0),
             dict(moco_dim=0), dict(epochs=0), dict(batch_size=0), dict(batch_size=12), dict(batch_size=8), dict(lr=0),
-            dict(lr=math.inf), dict(wd=-1), dict(width=0.1), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
+            dict(lr=math.inf), dict(wd=-1), dict(width=0.12), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
             dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1), dict(eval_size=-1),
             dict(optimizer="lbfgs"), dict(seed=2**64),
         ],
