@@ -27,6 +27,7 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import rich.console
@@ -42,7 +43,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import moco
@@ -127,7 +128,7 @@ class TestConfig:
             dict(moco_dim=0), dict(epochs=0), dict(batch_size=0), dict(batch_size=12), dict(batch_size=8), dict(lr=0),
             dict(lr=math.inf), dict(wd=-1), dict(width=0.12), dict(bn_splits=0), dict(knn_k=0), dict(knn_t=0),
             dict(knn_every=-1), dict(workers=-1), dict(size=0), dict(seed=-1), dict(eval_size=-1),
-            dict(optimizer="lbfgs"), dict(seed=2**64),
+            dict(optimizer="lbfgs"), dict(seed=2**64), dict(min_crop=1.1), dict(bank_m=1.1),
         ],
     )  # fmt: skip
     def test_an_impossible_value_is_refused_by_the_name_of_its_flag(self, option):
@@ -176,8 +177,21 @@ class TestConfig:
         assert not torch.equal(draw(generator=rng("x", a)), draw(generator=rng("y", a)))
 
     def test_every_part_of_a_generators_key_counts_and_in_its_place(self):
-        keys = [("crop", a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
-        assert len({torch.rand(1, generator=rng(*key), dtype=torch.float64).item() for key in keys}) == 8
+        keys = [("crop", *key) for key in itertools.product((1, 11, 2**64 - 1), repeat=3)]
+        assert len({torch.rand(1, generator=rng(*key), dtype=torch.float64).item() for key in keys}) == 27
+
+    def test_a_process_is_known_by_its_rank_among_all_machines(self, monkeypatch):
+        assert moco.ranks() == (0, 1)
+        for name, value in (("is_initialized", True), ("get_rank", 5), ("get_world_size", 8)):
+            monkeypatch.setattr(moco.dist, name, lambda value=value: value)
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, "1")
+        assert moco.ranks() == (5, 8)
+
+    def test_processes_agree_on_the_largest_number(self, monkeypatch):
+        assert moco.agreed(3) == 3
+        monkeypatch.setattr(moco, "gathered", lambda x: torch.cat([0 * x, x, 0 * x]))
+        assert moco.agreed(2) == 2
 
 
 def shape_of(n, i):
@@ -238,14 +252,14 @@ class TestData:
     def test_cifar_comes_from_torchvision_as_channels_first_uint8(self, monkeypatch, name, shape):
         class Stub:
             def __init__(self, root, train, download):
-                assert (root, download) == ("data", True)
+                assert (root, download) == ("elsewhere", True)
                 self.data, self.targets = (
                     images_of(4).permute(0, 2, 3, 1).numpy()[: 4 if train else 2],
                     [0, 1, 2, 1][: 4 if train else 2],
                 )
 
         monkeypatch.setattr(torchvision.datasets, shape, Stub)
-        data = moco.load_data(Config(data=name), CPU)
+        data = moco.load_data(Config(data=name, root="elsewhere"), CPU)
         assert torch.equal(data.train.images, images_of(4)) and data.train.labels.tolist() == [0, 1, 2, 1]
         assert torch.equal(data.test.images, images_of(4)[:2]) and data.test.labels.tolist() == [0, 1]
         assert data.classes == 3
@@ -272,8 +286,18 @@ class TestData:
     def test_val_goes_before_test_and_its_classes_bear_trains_numbers(self, folder):
         shutil.copytree(folder / "val", folder / "test")
         shutil.rmtree(folder / "val" / "dark")
-        test = moco.load_data(Config(data=str(folder)), CPU).test
-        assert test.labels.tolist() == [1] * 4 and all(b"/val/" in path for path in test.paths)
+        shutil.rmtree(folder / "test" / "light")
+        data = moco.load_data(Config(data=str(folder)), CPU)
+        assert data.test.labels.tolist() == [1] * 4 and all(b"/val/" in path for path in data.test.paths)
+        shutil.rmtree(folder / "val")
+        assert moco.load_data(Config(data=str(folder)), CPU).classes == 2  # though `test` has but the first
+
+    def test_a_class_is_the_folder_below_train_a_link_or_one_with_folders_of_its_own(self, folder, tmp_path):
+        (folder / "train" / "light").rename(tmp_path / "elsewhere")
+        (folder / "train" / "light").symlink_to(tmp_path / "elsewhere")
+        (folder / "train" / "dark" / "light").mkdir()
+        (folder / "train" / "dark" / "0.png").rename(folder / "train" / "dark" / "light" / "0.png")
+        assert moco.load_data(Config(data=str(folder)), CPU).train.labels.tolist() == [0] * 10 + [1] * 10
 
     def test_images_are_found_through_links_and_whatever_the_case_of_their_suffix(self, folder, tmp_path):
         (folder / "train" / "dark" / "0.png").rename(folder / "train" / "dark" / "0.PNG")
@@ -281,6 +305,22 @@ class TestData:
         (tmp_path / "all").mkdir()
         (tmp_path / "linked").rename(tmp_path / "all" / "linked")
         assert len(moco.load_data(Config(data=str(tmp_path / "all")), CPU).train) == 20
+
+    @pytest.mark.parametrize("name", ["Zürich.JPG", *(f"0{suffix}" for suffix in IMG_EXTENSIONS)])
+    def test_a_file_is_decoded_as_torchvisions_image_folder_decodes_it(self, tmp_path, name):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6  # to be turned, by those who heed it
+        image = tvf.to_pil_image(images_of(1, 700, 1100)[0])
+        image.convert("L" if name.endswith(".pgm") else "RGB").save(path := tmp_path / name, exif=exif)
+        data = moco.load_data(Config(data=str(tmp_path), workers=0), CPU)
+        (batch,) = data.train.batches([(0, torch.tensor([0]))], moco.whole)
+        assert torch.equal(batch[0], tvf.pil_to_tensor(default_loader(path)))
+
+    def test_workers_look_paths_up_in_an_array_which_they_do_not_write_to(self, folder, monkeypatch):
+        seen = []
+        monkeypatch.setattr(moco, "DataLoader", lambda dataset, *_, **__: seen.append(dataset) or [])
+        list(moco.load_data(Config(data=str(folder)), CPU).train.batches([], moco.whole))
+        assert isinstance(seen[0].paths, np.ndarray) and seen[0].paths.dtype.kind == "S"
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
     def test_grey_transparent_and_palette_images_are_read_as_rgb(self, tmp_path, mode):
@@ -330,9 +370,12 @@ class TestData:
                         batch[v, j], tvf.resized_crop(image, *boxes[v].tolist(), [16, 16], antialias=True)
                     )
 
-    @pytest.mark.parametrize("workers, text", [(0, "no image"), (1, "no image"), (0, "P6 20000 20000 255\n")])
-    def test_a_file_that_is_no_image_or_far_too_large_is_named(self, folder, workers, text):
-        (bad := folder / "train" / "dark" / "0.png").write_text(text)
+    @pytest.mark.parametrize("workers, content", [
+        (0, b"no image"), (1, b"no image"), (0, b"P6 20000 20000 255\n"), (0, "a part"),
+    ])  # fmt: skip
+    def test_a_file_that_is_no_whole_image_or_far_too_large_is_named(self, folder, workers, content):
+        bad = folder / "train" / "dark" / "0.png"
+        bad.write_bytes(bad.read_bytes()[:900] if content == "a part" else content)
         data = moco.load_data(Config(data=str(folder), workers=workers), CPU)
         with pytest.raises(UserError) as error:
             list(data.train.batches([(0, torch.arange(20))], Augment().centre))
@@ -356,6 +399,10 @@ class TestData:
         ):
             with pytest.raises(UserError, match=f"^--data .*{words}"):
                 moco.load_data(Config(data=str(place)), CPU)
+        (folder / "val" / "stray").rename(folder / "val" / "dark")
+        (folder / "train" / "dark" / "0.png").rename(folder / "train" / "lost.png")
+        with pytest.raises(UserError, match="^--data .*lost.png belongs to no class"):
+            moco.load_data(Config(data=str(folder)), CPU)
 
     def test_a_cached_folder_is_held_in_memory_as_it_was_decoded(self, folder):
         with pytest.raises(UserError, match="^--cache: the images differ in size"):
@@ -368,6 +415,12 @@ class TestData:
         assert isinstance(data.train, InMemory) and torch.equal(data.train.labels, streamed.train.labels)
         for image, path in zip(data.train.images, streamed.train.paths, strict=True):
             assert torch.equal(image, tvf.pil_to_tensor(default_loader(os.fsdecode(path))))
+
+    def test_a_large_cached_folder_keeps_its_order(self, tmp_path):
+        for i in range(1040):
+            PIL.Image.new("RGB", (1, 1), (i % 256, i // 256, 0)).save(tmp_path / f"{i:04}.ppm")
+        images = moco.load_data(Config(data=str(tmp_path), cache=True, workers=0), CPU).train.images.long()
+        assert torch.equal(images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0], torch.arange(1040))
 
     def test_what_is_wrong_but_the_size_is_not_said_to_be_the_size(self, folder, monkeypatch):
         def fail(*_):
@@ -461,7 +514,7 @@ class TestViews:
                 expected = adjust[operation](expected, factors[i, operation].item())
             close(actual, expected, atol=1e-4)
 
-    @given(SEEDS, st.lists(st.floats(0.1, 2), min_size=2, max_size=2), st.sampled_from([5, 20, 40, 112]))
+    @given(SEEDS, st.lists(st.floats(0.1, 2), min_size=2, max_size=2), st.sampled_from([5, 20, 40, 112, 224]))
     def test_a_blur_is_torchvisions_with_a_kernel_of_a_tenth_of_the_side(self, seed, sigmas, size):
         x, kernel = torch.rand(2, 3, size, size, generator=rng(seed)), size // 20 * 2 + 1
         for image, sigma, actual in zip(x, sigmas, moco.gaussian_blur(x, torch.tensor(sigmas)[:, None]), strict=True):
@@ -481,6 +534,10 @@ class TestViews:
         counts = (order * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
         assert len(counts) == 24 and ((counts - 400) ** 2 / 400).sum() < 49.7  # chi-squared, 23 degrees: 1 in 1000
         assert uncorrelated(factors.T)
+        places = order.argsort(1).double().T
+        assert torch.cat([places, factors.double().T]).corrcoef()[:4, 4:].abs().max() < 4.2 / math.sqrt(
+            9600
+        )  # 1 in 2000
 
     def test_blur_draws_sigma_uniformly_image_by_image(self, monkeypatch):
         monkeypatch.setattr(moco, "gaussian_blur", lambda x, sigma: sigma)
@@ -551,6 +608,16 @@ class TestViews:
         views = augment.finish(one / 255, rng(0)) if steps else augment(one, rng(0))
         assert len(views.flatten(1).unique(dim=0)) == 6
 
+    @pytest.mark.parametrize("aug", moco.RECIPES)
+    def test_processes_draw_for_their_share_what_one_draws_for_the_whole(self, monkeypatch, aug):
+        views, images = SplitTwoViews(Augment(aug, 24)), images_of(8)
+        whole = views(images, rng(0))
+        for rank in (0, 1):
+            monkeypatch.setattr(moco, "ranks", lambda rank=rank: (rank, 2))
+            part = slice(4 * rank, 4 * rank + 4)
+            for mine, all_of_them in zip(views(images[part], rng(0)), whole, strict=True):
+                close(mine, all_of_them[part])
+
     def test_views_add_nothing_to_a_checkpoint(self):
         assert not Augment().state_dict()
 
@@ -565,11 +632,9 @@ class TestViews:
         assert ((x_q - x_k).flatten(1).abs().amax(1) > 0.1).all()
 
     def test_of_streamed_crops_each_view_finishes_its_own(self):
-        pair = torch.stack([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 255)]).byte()
-        augment = Augment("cifar", 8)
+        augment, pair = Augment("cifar", 8), torch.stack([images_of(2, 8, 8), images_of(2, 8, 8, seed=1)])
         augment.finish = lambda x, generator: x
-        x_q, x_k = SplitTwoViews(augment)(pair, rng(0))
-        assert (x_q == 0).all() and (x_k == 1).all()
+        assert torch.equal(torch.stack(SplitTwoViews(augment)(pair, rng(0))), pair / 255)
 
     @pytest.mark.parametrize("streamed", [False, True])
     def test_views_are_the_same_under_autocast(self, streamed):
@@ -598,8 +663,15 @@ class TestViews:
         images = images_of(2)
         assert torch.equal(Augment("cifar", 32).centre(images), images)
         large = images_of(1, 300, 400)
-        expected = tvf.center_crop(tvf.resize(large, [256], antialias=True), [224, 224])
-        assert torch.equal(Augment("v2", 224).centre(large), expected)
+        for aug in ("v1", "v2"):
+            expected = tvf.center_crop(tvf.resize(large, [256], antialias=True), [224, 224])
+            assert torch.equal(Augment(aug, 224).centre(large), expected)
+
+    @pytest.mark.parametrize("aug, side", [("cifar", 28), ("v1", 32), ("v2", 32)])
+    def test_evaluation_enlarges_an_image_that_is_smaller(self, aug, side):
+        for small in (images_of(1, 20, 20), images_of(1, 30, 30)):
+            expected = tvf.center_crop(tvf.resize(small, [side], antialias=True), [28, 28])
+            assert torch.equal(Augment(aug, 28).centre(small), expected)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
     @pytest.mark.parametrize("aug", moco.RECIPES)
@@ -688,10 +760,14 @@ class TestEncoder:
         x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
         assert SplitBatchNorm(3, 2)(x).is_contiguous(memory_format=torch.channels_last)
 
-    @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
-    def test_with_the_imagenet_stem_it_is_torchvisions_resnet(self, arch):
-        theirs = getattr(torchvision.models, arch)(weights=None, num_classes=7).double()
-        ours = ResNetEncoder(arch, dim=7, mlp=False, bn_splits=1, stem="imagenet").double()
+    @pytest.mark.parametrize(
+        "arch, stem", [("resnet18", "cifar"), *((arch, "imagenet") for arch in ("resnet18", "resnet34", "resnet50"))]
+    )
+    def test_it_is_torchvisions_resnet_but_for_a_cifar_stem_of_one_3x3_convolution(self, arch, stem):
+        theirs = getattr(torchvision.models, arch)(weights=None, num_classes=7)
+        if stem == "cifar":
+            theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        theirs, ours = theirs.double(), ResNetEncoder(arch, dim=7, mlp=False, bn_splits=1, stem=stem).double()
         ours.load_state_dict(theirs.state_dict(), strict=True)
         for training in (True, False):  # the first moves the running statistics that the second uses
             x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
@@ -757,12 +833,23 @@ class TestEncoder:
         for conv in (m for m in ResNetEncoder().modules() if isinstance(m, nn.Conv2d)):
             deviation = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
             assert abs(conv.weight.std() / deviation - 1) < 0.1 and conv.bias is None
+            assert abs((conv.weight.abs() > 2 * deviation).float().mean() - 0.0455) < 0.02
 
-    def test_every_batch_norm_of_the_encoder_is_split(self):
-        norms = [
-            m for m in ResNetEncoder("resnet50", width=0.125, bn_splits=3).modules() if isinstance(m, nn.BatchNorm2d)
-        ]
-        assert len(norms) == 53 and all(isinstance(m, SplitBatchNorm) and m.num_splits == 3 for m in norms)
+    def test_the_heads_layers_start_as_torchs_linear_layers_do(self):
+        for layer in ResNetEncoder().fc[::2]:
+            close(layer.weight.abs().max(), torch.tensor(512**-0.5), rtol=1e-3)
+            close(layer.weight.std(), torch.tensor((3 * 512) ** -0.5), rtol=0.02)
+
+    def test_width_multiplies_all_channels_and_the_rest_is_cut_off(self):
+        encoders = [ResNetEncoder("resnet10", width=width) for width in (0.125, 0.3, 0.7, 1.5)]
+        assert [(e.conv1.out_channels, e.feature_dim) for e in encoders] == [(8, 64), (19, 152), (44, 352), (96, 768)]
+
+    def test_every_batch_norm_of_the_encoder_is_split_and_starts_as_torchs_own(self):
+        encoder, default = ResNetEncoder("resnet50", width=0.125, bn_splits=3, mlp_bn=True), nn.BatchNorm2d(1)
+        norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == 54 and all(isinstance(m, SplitBatchNorm) and m.num_splits == 3 for m in norms)
+        assert all((m.eps, m.momentum) == (default.eps, default.momentum) for m in norms)
+        assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
 
 
 def copy_of(bn):
@@ -793,6 +880,12 @@ class TestInfoNCE:
     def test_equal_embeddings_give_the_logarithm_of_k_plus_1(self):
         x = unit(1, 8, 0).expand(5, 8)
         close(info_nce(x, x, x[:4].T, 0.07), torch.tensor(math.log(5)))
+
+    @pytest.mark.parametrize("t, K", [(0.005, 9), (0.1, 70_000)])
+    def test_the_loss_is_right_at_a_low_temperature_and_for_a_large_dictionary(self, t, K):
+        q, k, negatives = unit(4, 8, 0), unit(4, 8, 1), unit(K, 8, 2).T
+        expected = F.cross_entropy(torch.cat([(q * k).sum(1, True), q @ negatives], 1) / t, torch.zeros(4).long())
+        close(info_nce(q.float(), k.float(), negatives.float(), t), expected, rtol=1e-4)
 
     @given(SEEDS, st.integers(1, 5), st.integers(2, 7))
     def test_an_excluded_negative_counts_neither_in_the_loss_nor_in_its_gradients(self, seed, n, K):
@@ -904,6 +997,7 @@ class TestMoCo:
         model = MoCo(nn.Linear(5, 16), dim=16, K=7)
         assert model.queue.shape == (16, 7) and model.queue_ptr.tolist() == [0]
         close(model.queue.norm(dim=0), torch.ones(7))
+        assert MoCo(nn.Linear(5, 16), dim=16, K=4000).queue.mean(1).norm() < 0.05  # in all directions alike
         for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
             assert torch.equal(q, k) and q.data_ptr() != k.data_ptr() and q.requires_grad and not k.requires_grad
 
@@ -918,6 +1012,15 @@ class TestMoCo:
         ):
             assert now_k is k and torch.equal(now_q, old_q)
             close(now_k, m * old_k + (1 - m) * old_q, atol=1e-12)
+
+    def test_momentum_moves_every_parameter_of_a_resnet(self):
+        model = MoCo(ResNetEncoder("resnet10", width=0.125, mlp_bn=True), K=8, m=0.7)
+        for p in model.encoder_q.parameters():
+            nn.init.normal_(p)
+        old = [k.clone() for k in model.encoder_k.parameters()]
+        model.momentum_update()
+        for k, q, now in zip(old, model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+            close(now, 0.7 * k + 0.3 * q)
 
     @pytest.mark.parametrize("m, source", [(0.0, "encoder_q"), (1.0, "encoder_k")])
     def test_with_m_0_the_keys_parameters_are_the_queries_and_with_1_they_stay(self, m, source):
@@ -1008,6 +1111,16 @@ class TestMoCo:
         keys = moco.shuffled_keys(model.encoder_k, x, rng(5))
         close(keys[order], expected)
         assert not torch.allclose(keys, F.normalize(encoder(x), dim=1))
+
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_the_keys_of_every_direction_are_shuffled(self, symmetric):
+        encoder, (im_q, im_k) = nn.Sequential(SplitBatchNorm(2, 4), nn.Flatten()), torch.randn(2, 8, 2, 1, 1)
+        model, generator, expected = MoCo(encoder, dim=2, K=8, T=0.2, symmetric=symmetric), rng(5), 0
+        for a, b in [(im_q, im_k), (im_k, im_q)][: 1 + symmetric]:
+            order = torch.randperm(8, generator=generator)
+            q, shuffled = (F.normalize(copy.deepcopy(encoder)(x), dim=1) for x in (a, b[order]))
+            expected += info_nce(q, shuffled[order.argsort()], model.queue.clone(), 0.2)
+        close(model(im_q, im_k, rng(5)), expected)
 
     def test_several_processes_do_not_draw_an_order_without_a_generator(self, monkeypatch):
         monkeypatch.setattr(moco, "ranks", lambda: (0, 2))
@@ -1155,6 +1268,7 @@ class TestMechanisms:
         encoder, im_q, im_k = two_views(0, 3)
         model = moco.MemoryBank(encoder, images=9, dim=4, K=5).double()
         close(model.bank.norm(dim=1), torch.ones(9))
+        assert moco.MemoryBank(encoder, images=4000, dim=16).bank.mean(0).norm() < 0.05  # in all directions alike
         losses = [copy.deepcopy(model)(im_q, x, rng(1), torch.arange(3)) for x in (im_k, im_k * math.nan)]
         assert torch.equal(*losses) and not model.bank.requires_grad
 
@@ -1188,10 +1302,11 @@ class TestMechanisms:
         assert names == {"encoder_q"} | extra.get(method, set())
         assert run("knn", "ckpt.pt")[0] == 0
 
+    @pytest.mark.parametrize("method", ["end-to-end", "memory-bank", "simclr"])
     @pytest.mark.parametrize("name", ["symmetric", "batch_negatives"])
-    def test_the_symmetric_loss_and_batch_negatives_are_mocos_alone(self, name):
-        with pytest.raises(UserError, match=f"^{moco.flag(name)}: --method simclr"):
-            Config(method="simclr", **{name: True})
+    def test_the_symmetric_loss_and_batch_negatives_are_mocos_alone(self, name, method):
+        with pytest.raises(UserError, match=f"^{moco.flag(name)}: --method {method}"):
+            Config(method=method, **{name: True})
 
 
 def pixels(encoder, split, config, autocast, head):
@@ -1276,7 +1391,7 @@ class TestEvaluation:
         assert top1 == 100 and encoder.training == training
         assert all(torch.equal(a, b) for a, b in zip(state.values(), encoder.state_dict().values(), strict=True))
 
-    @pytest.mark.parametrize("eval_size, side", [(0, 24), (32, 32)])
+    @pytest.mark.parametrize("eval_size, side", [(0, 24), (32, 32), (16, 16)])
     def test_images_are_evaluated_at_their_views_size_or_at_one_of_their_own(self, monkeypatch, eval_size, side):
         sides = []
         monkeypatch.setattr(
@@ -1308,6 +1423,27 @@ class TestEvaluation:
             moco.accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad, head)
         moco.accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad)
         assert seen == [64, 5, 64]
+
+    def test_a_linear_classifier_too_sees_the_backbones_features_or_the_heads_output(self, monkeypatch):
+        encoder, seen = ResNetEncoder(width=0.125, dim=5), []
+        split = InMemory(images_of(10), torch.zeros(10).long())
+        monkeypatch.setattr(moco, "fit_linear", lambda f, *_: seen.append(f.shape[1]) or (lambda x: x))
+        for head in (False, True):
+            moco.accuracy(encoder, moco.Data(split, split, 1), tiny_config(), torch.no_grad, head, linear=True)
+        assert seen == [64, 5]
+
+    @pytest.mark.parametrize("linear", [False, True])
+    def test_features_are_computed_under_autocast_and_judged_without_it(self, monkeypatch, linear):
+        seen, split = [], InMemory(images_of(10), torch.arange(10) % 2)
+        for name in ("extract_features", "knn_predict", "fit_linear"):
+            real = getattr(moco, name)
+            monkeypatch.setattr(
+                moco, name, lambda *a, real=real: seen.append(torch.is_autocast_enabled("cpu")) or real(*a)
+            )
+        bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+        data = moco.Data(split, split, 2)
+        moco.accuracy(ResNetEncoder(width=0.125), data, tiny_config(knn_k=1), bf16, linear=linear)
+        assert seen == [True, True, False]
 
     def test_accuracy_is_the_percentage_of_right_predictions(self, monkeypatch):
         split = InMemory(images_of(8), torch.arange(8))
@@ -1349,11 +1485,15 @@ class TestEvaluation:
         moco.accuracy(ResNetEncoder(width=0.125), data, tiny_config(), torch.no_grad, linear=True)
         close(seen[0].mean(0), torch.zeros(4), atol=1e-4)
         close(seen[0].std(0), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-4)
-        assert 0 < (seen[1].std(0)[:2] - 1).abs().max() < 1
+        close(seen[1][:, :3], ((queries - bank.mean(0)) / bank.std(0))[:, :3], atol=1e-3)
 
     def test_classes_on_two_sides_of_a_plane_are_told_apart(self):
         x = torch.randn(200, 5, generator=rng(0))
         assert torch.equal(moco.fit_linear(x, (x[:, 0] > 0).long(), 2)(x).argmax(1), (x[:, 0] > 0).long())
+
+    @pytest.mark.parametrize("side, shown", [(20, 100), (32, 96), (64, 128), (96, 96), (224, 224)])
+    def test_a_mosaic_enlarges_small_images_to_96_pixels_at_least(self, side, shown):
+        assert moco.mosaic(torch.rand(1, 2, 3, side, side)).shape == (3, 4 + shown + 12, 4 + 2 * (shown + 12))
 
     @pytest.mark.parametrize("coloured", [True, False])
     def test_a_mosaic_has_enlarged_images_in_rows_the_first_framed_black_the_others_in_their_colour(self, coloured):
@@ -1425,6 +1565,13 @@ def small_sets():
 def few(small_sets, monkeypatch):
     """Shrink the built-in images to 40 to train on and 20 to test on."""
     monkeypatch.setattr(moco, "shapes", lambda n, split: small_sets[40 if split == "train" else 20])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Leave `--device auto` the CPU alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -1576,6 +1723,26 @@ class TestCheckpoints:
         moco.write_file(str(path), lambda file: file.write(b"newer"))
         assert seen == [(5, b"old")] and path.read_bytes() == b"newer"
 
+    def test_a_file_is_written_beside_under_its_whole_name_and_as_readable_as_any(self, tmp_path):
+        def write(file):
+            assert [path.name for path in tmp_path.iterdir()] == ["m0.9.tmp"]
+
+        moco.write_file(str(tmp_path / "m0.9"), write)
+        (tmp_path / "any").touch()
+        assert (tmp_path / "m0.9").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+    def test_a_disk_that_is_full_is_a_line_and_leaves_the_earlier_checkpoint_whole(self, tmp_path):
+        resource, path = pytest.importorskip("resource"), str(tmp_path / "c.pt")
+        moco.save_checkpoint(path, {"step": 1})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"c.pt: not written \(.*File too large.* whole$"):
+                moco.save_checkpoint(path, {"step": torch.zeros(10**6)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert torch.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [tmp_path / "c.pt"]
+
     def test_what_was_saved_on_cuda_is_read_onto_the_cpu(self, tmp_path, monkeypatch, checkpoint):
         with monkeypatch.context() as patch:
             patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
@@ -1609,10 +1776,17 @@ class TestCheckpoints:
         torch.testing.assert_close(encoder(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
-        "shape", [dict(mlp=False), dict(mlp_bn=True), dict(mlp_dim=24), dict(mlp_dim=24, mlp_bn=True, arch="resnet10")]
+        "shape",
+        [
+            dict(mlp=False),
+            dict(mlp_bn=True),
+            dict(mlp_dim=24),
+            dict(mlp_dim=24, mlp_bn=True, arch="resnet10"),
+            dict(width=1.5, arch="resnet10"),
+        ],
     )
     def test_an_encoder_of_any_head_is_rebuilt_from_its_weights_alone(self, shape):
-        config = tiny_config(stem="imagenet", width=0.25, **shape)
+        config = tiny_config(**{"stem": "imagenet", "width": 0.25, **shape})
         model = moco.build_model(config, 8)
         names = {f"module.{name}": x for name, x in model.state_dict().items()}
         encoder = moco.load_encoder({"arch": config.arch, "state_dict": names}, "c.pt")
@@ -1656,6 +1830,15 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+def orthogonalised(x):
+    """Put five steps of Jordan's polynomial in the place of the singular values of x; return them too."""
+    u, values, v = torch.linalg.svd(x, full_matrices=False)
+    values = values / x.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return u @ torch.diag(values) @ v, values
+
+
 class TestTraining:
     def test_the_cosine_falls_from_the_peak_to_zero(self):
         rate = partial(moco.learning_rate, Config(lr=0.4, epochs=8))
@@ -1677,13 +1860,13 @@ class TestTraining:
     @given(SEEDS, st.integers(1, 9), st.integers(1, 9), st.sampled_from([1e-9, 1, 1e9]))
     def test_orthogonalising_keeps_the_singular_vectors_and_brings_the_values_near_1(self, seed, m, n, scale):
         x = torch.randn(m, n, generator=rng(seed), dtype=torch.float64)
-        u, values, v = torch.linalg.svd(x, full_matrices=False)
-        values = values / values.square().sum().sqrt()
-        small = values < 0.01
-        for _ in range(5):
-            values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
-        close(moco.orthogonal(scale * x), u @ torch.diag(values) @ v, atol=1e-9)
-        assert ((values > 0.65) & (values < 1.25) | small).all()
+        expected, values = orthogonalised(x)
+        close(moco.orthogonal(scale * x), expected, atol=1e-9)
+        assert ((values > 0.65) & (values < 1.25) | (torch.linalg.svdvals(x) < 0.01 * x.norm())).all()
+
+    def test_a_large_weight_is_orthogonalised_in_its_own_precision(self):
+        x = torch.randn(300, 300, generator=rng(0))
+        close(moco.orthogonal(x), orthogonalised(x.double())[0], atol=1e-4)
 
     def test_orthogonalising_nothing_gives_nothing(self):
         assert torch.equal(moco.orthogonal(torch.zeros(2, 3)), torch.zeros(2, 3))
@@ -1733,6 +1916,24 @@ class TestTraining:
     def test_the_order_is_a_function_of_the_seed(self):
         one, two, again = ([i.tolist() for _, i in moco.batch_plan(40, tiny_config(seed=seed))] for seed in (1, 2, 1))
         assert one != two and one == again
+
+    def test_every_epoch_of_every_seed_has_an_order_of_its_own(self):
+        plans = [moco.batch_plan(16, tiny_config(seed=seed, batch_size=16, epochs=4)) for seed in range(4)]
+        assert len({tuple(indices.tolist()) for plan in plans for _, indices in plan}) == 16
+
+    def test_no_image_is_left_out_of_every_epoch(self):
+        plan = moco.batch_plan(11, tiny_config(epochs=20))
+        assert torch.cat([indices for _, indices in plan]).unique().tolist() == list(range(11))
+
+    def test_a_run_draws_an_order_when_its_epoch_begins(self, few, tmp_path, monkeypatch):
+        drawn, plan = [], moco.batch_plan
+        monkeypatch.setattr(moco, "batch_plan", lambda *a: (drawn.append(key) or key for key in plan(*a)))
+        next(training(tmp_path))
+        assert len(drawn) == 1
+
+    def test_a_run_keeps_no_graph(self, few, tmp_path):
+        run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
+        assert not any(x.requires_grad for p in run.train() for x in (p.loss, run.losses))
 
     @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
     def test_a_model_is_built_as_configured_and_no_global_generator_moves(self, method):
@@ -2036,16 +2237,16 @@ class TestNeverLosingARun:
     def test_a_signal_ends_the_step_saves_and_prints_the_command_that_resumes(
         self, image_folder, undisturbed, tmp_path, number, status
     ):
-        begun = start(arguments(image_folder, "--out", "cut.pt", "--workers", "1"), tmp_path)
+        begun = start(arguments(image_folder, "--out", "cut run.pt", "--workers", "1"), tmp_path)
         await_epoch(begun)
         os.killpg(begun.pid, number)  # as a terminal does, workers included
         out, err = begun.communicate()
         match = re.search(r"^stopped after step (\d+); to go on: python moco.py (.*)$", out, re.M)
         assert begun.returncode == status and err == "" and int(match[1]) < 30
-        assert moco.load_checkpoint(str(tmp_path / "cut.pt"))["step"] == int(match[1])
-        again = subprocess.run([sys.executable, MOCO, *match[2].split()], cwd=tmp_path, capture_output=True)
+        assert moco.load_checkpoint(str(tmp_path / "cut run.pt"))["step"] == int(match[1])
+        again = subprocess.run([sys.executable, MOCO, *shlex.split(match[2])], cwd=tmp_path, capture_output=True)
         assert again.returncode == 0
-        assert same(lasting(moco.load_checkpoint(str(tmp_path / "cut.pt"))), lasting(undisturbed))
+        assert same(lasting(moco.load_checkpoint(str(tmp_path / "cut run.pt"))), lasting(undisturbed))
 
     def test_an_error_does_not_leave_the_process_waiting_for_its_workers(self, folder, tmp_path):
         options = "--cache --batch-size 8 --bn-splits 2 --knn-k 3 --workers 1"  # the images differ in size
@@ -2076,6 +2277,15 @@ class TestNeverLosingARun:
                     os.kill(os.getpid(), signal.SIGINT)
         finally:
             signal.signal(signal.SIGINT, inherited)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_of_several_processes_each_holds_every_signal_for_torchrun_repeats_it(self, monkeypatch, rank):
+        monkeypatch.setattr(moco, "ranks", lambda: (rank, 2))
+        with moco.held_signals() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
 
     def test_a_run_killed_again_and_again_ends_as_one_never_killed(self, image_folder, undisturbed, tmp_path):
         resume = []
@@ -2114,7 +2324,30 @@ class TestNeverLosingARun:
         clock = types.SimpleNamespace(perf_counter=iter(range(999)).__next__, monotonic=lambda: 60 * next(minutes))
         monkeypatch.setattr(moco, "time", clock)  # and not the module's own, which others would import
         list(training(tmp_path))
-        assert saves == [3, 5, 8, 10]
+        assert saves == [3, 5, 8, 10] and moco.SAVE_SECONDS == 5 * 60
+
+    def test_every_save_has_all_processes_statistics(self, few, tmp_path, monkeypatch):
+        calls = []
+        monkeypatch.setattr(moco.Run, "average_statistics", lambda run: calls.append("average"))
+        monkeypatch.setattr(moco.Run, "save", lambda run, log: calls.append("save"))
+        list(training(tmp_path, save_every_steps=3))
+        assert calls == ["average", "save"] * 5
+
+    def test_a_checkpoint_counts_the_epochs_that_are_complete(self, few, tmp_path):
+        for progress in training(tmp_path, save_every_steps=1):
+            saved = moco.load_checkpoint(str(tmp_path / "c.pt"))
+            assert (saved["step"], saved["epoch"]) == (progress.step, progress.step // 5)
+
+    def test_a_run_that_is_refused_leaves_the_others_files_alone(self, few, tmp_path, monkeypatch):
+        def fail(*_):
+            raise OSError(11, "Resource temporarily unavailable")
+
+        for name in ("c.csv", "c.pt.tmp"):  # as they are in a first epoch, amid a save
+            (tmp_path / name).touch()
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "lockf", fail)
+        with pytest.raises(UserError, match="another run writes to"):
+            next(training(tmp_path))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.pt.tmp"]
 
     @pytest.mark.parametrize("out, log", [("c.pt", "c.csv"), ("m0.99", "m0.99.csv"), ("c.csv", "c.csv.csv")])
     def test_the_csv_lies_beside_the_checkpoint_under_a_name_of_its_own(self, few, tmp_path, out, log):
@@ -2132,7 +2365,7 @@ class TestNeverLosingARun:
         with pytest.raises(UserError, match="^--batch-size 4: .* 2 processes .* twice that"):
             moco.check_run(config, data)
 
-    @pytest.mark.parametrize("where", ["loss", "weights"])
+    @pytest.mark.parametrize("where", ["loss", "weights", "statistics"])
     def test_a_number_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
         self, few, tmp_path, monkeypatch, where
     ):
@@ -2142,6 +2375,8 @@ class TestNeverLosingARun:
             loss = real(*_)
             if run.step == 6 and where == "weights":
                 loss.register_hook(lambda gradient: gradient * math.nan)
+            elif run.step == 6 and where == "statistics":
+                run.model.encoder_k.bn1.running_var.fill_(math.inf)
             elif run.step == 6:
                 loss = loss * math.nan
             return loss
@@ -2193,6 +2428,21 @@ class TestNeverLosingARun:
         assert group.items() >= {**options, "momentum": 0.9}.items() and ("weight_decay" in group) == (
             optimizer == "sgd"
         )
+
+    def test_an_option_younger_than_the_checkpoint_was_at_its_default(self, few, checkpoint, run):
+        config = {k: v for k, v in checkpoint["config"].items() if k != "batch_negatives"}
+        torch.save({**checkpoint, "config": config}, "ckpt.pt")
+        assert run("train", "--resume", "--batch-negatives")[2].startswith("moco: --batch-negatives True: ")
+        assert run("train", "--resume")[0] == 0
+
+    def test_resume_goes_on_with_the_checkpoints_options_and_those_given(self, checkpoint, run, monkeypatch):
+        config = {**checkpoint["config"], "save_every_steps": 3, "knn_t": 0.3, "overwrite": True}
+        torch.save({**checkpoint, "config": config}, "a.pt")
+        seen = []
+        monkeypatch.setattr(moco, "Run", lambda config: seen.append(dataclasses.asdict(config)) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("train", "--resume", "--out", "a.pt", "--lr", "0.5")
+        assert seen == [{**config, "resume": True, "out": "a.pt", "lr": 0.5}]
 
     def test_resume_refuses_other_images_a_foreign_file_and_no_file(self, few, tmp_path, checkpoint, run, monkeypatch):
         assert run("train", "--resume")[2] == "moco: ckpt.pt: No such file or directory\n"
@@ -2282,7 +2532,7 @@ def float64_by_default():
         torch.set_default_dtype(torch.float32)
 
 
-METHODS = ["moco", "symmetric", "end-to-end", "memory-bank", "simclr"]
+METHODS = ["moco", "symmetric", "batch-negatives", "end-to-end", "memory-bank", "simclr"]
 
 
 @pytest.fixture(scope="module")
@@ -2295,7 +2545,8 @@ def several(image_folder, tmp_path_factory):
 
     def options(method, processes, out, **more):
         base = dict(data=str(image_folder), size=16, batch_size=6, epochs=1, lr=0.01, workers=0, moco_k=16, knn_k=3)
-        kind = dict(symmetric=True) if method == "symmetric" else dict(method=method)
+        forms = {"symmetric": dict(symmetric=True), "batch-negatives": dict(batch_negatives=True)}
+        kind = forms.get(method, dict(method=method))
         return dict(base, **kind, width=0.125, device="cpu", precision="fp32", out=str(place / out), **more)
 
     code = """
@@ -2350,7 +2601,7 @@ moco.main()
         (tmp_path / "mortal.py").write_text(code)
         command = arguments(image_folder, "--out", "c.pt", "--bn-splits", "1", "--epochs", "3")
         status, out, err = torchrun(2, ["", "mortal.py", *command[2:]], tmp_path)
-        assert out.count("epoch 1/3") == 1  # rank 0 alone prints
+        assert out.count("epoch 1/3") == out.count(": 20 images") == 1  # rank 0 alone prints
         assert status != 0 and re.search(r"rank *: 1 ", err) and "SIGKILL" in err
         assert moco.load_checkpoint(str(tmp_path / "c.pt"))["step"] == 5
 
@@ -2361,8 +2612,8 @@ moco.main()
 
 
 class TestCommandLine:
-    def test_train_writes_a_checkpoint_that_knn_evaluates_to_the_same_accuracy(self, few, run):
-        options = "--preset tiny --width 0.125 --bn-splits 2 --batch-size 8 --epochs 1 --knn-k 5 --device cpu"
+    def test_train_writes_a_checkpoint_that_knn_evaluates_to_the_same_accuracy(self, few, run, no_gpu):
+        options = "--preset tiny --width 0.125 --batch-size 8 --epochs 1 --knn-k 5 --knn-t 0.3"
         status, out, _ = run("train", *options.split())
         assert status == 0 and re.search(r"(?m)^epoch 1/1  loss \d", out)
         status, out, _ = run("knn", "ckpt.pt", "--json")
@@ -2372,7 +2623,7 @@ class TestCommandLine:
         assert status == 0
         assert result.pop("top1") == pytest.approx(float(row["knn"]))
         common = dict(data="shapes", bank=40, queries=20, checkpoint="ckpt.pt", epoch=1, device="cpu")
-        assert result == dict(features="backbone", k=5, T=0.1, **common)
+        assert result == dict(features="backbone", k=5, T=0.3, **common)
         linear = json.loads(run("linear", "ckpt.pt", "--json", "--head")[1])
         assert 0 <= linear.pop("top1") <= 100 and linear == dict(features="head", **common)
         assert run("knn", "ckpt.pt", "--head", "--knn-k", "3")[1].startswith("kNN top-1 ")
@@ -2471,6 +2722,13 @@ class TestCommandLine:
         with pytest.raises(ZeroDivisionError):
             run("views", "x.png", "--preset", "cpu")
         assert seen == [(Config.from_preset("cpu", cache=False, workers=0), CPU)]
+
+    def test_an_accuracy_is_said_to_a_hundredth_and_whole_in_json(self, few, run, checkpoint, monkeypatch):
+        torch.save(checkpoint, "ckpt.pt")
+        monkeypatch.setattr(moco, "accuracy", lambda *_: 67.8849)
+        for command in ("knn", "linear"):
+            assert f"{command} top-1 67.88 % (" in run(command, "ckpt.pt")[1].replace("kNN", "knn")
+            assert json.loads(run(command, "ckpt.pt", "--json")[1])["top1"] == 67.8849
 
     def test_an_argument_has_its_own_help(self, run):
         assert "file to write; -: stdout" in run("export", "--help")[1]
@@ -2593,9 +2851,9 @@ class TestCommandLine:
         assert written.buffer.getvalue() == b"picture"
 
     @pytest.mark.parametrize("labelled", [True, False])
-    def test_train_says_what_it_found_and_what_to_do_next(self, folder, run, labelled):
+    def test_train_says_what_it_found_and_what_to_do_next(self, folder, run, no_gpu, labelled):
         place = folder if labelled else folder / "train"
-        options = "--size 16 --width 0.125 --batch-size 8 --bn-splits 2 --epochs 1 --knn-k 3 --workers 0 --device cpu"
+        options = "--size 16 --width 0.125 --batch-size 8 --bn-splits 2 --epochs 1 --knn-k 3 --workers 0"
         command = ["train", "--data", str(place), *options.split(), "--precision", "bf16", "--out", "a b.pt"]
         first, epoch, last = run(*command)[1].splitlines()
         assert re.search(r"ETA 0:00:00" + r"  kNN \d+\.\d\d %" * labelled + "$", epoch)
@@ -2629,7 +2887,9 @@ class TestCommandLine:
             def add_scalar(self, name, value, epoch):
                 written.append((str(epoch), name, str(value)))
 
-        options = "--preset tiny --width 0.125 --batch-size 8 --epochs 2 --knn-k 5 --device cpu --tensorboard events"
+        options = (
+            "--preset tiny --width 0.125 --batch-size 8 --epochs 2 --warmup-epochs 1 --knn-k 5 --tensorboard events"
+        )
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
         assert run("train", *options.split())[::2] == (
             2,
