@@ -1081,9 +1081,12 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     try:
         if not os.path.getsize(path):
             why = "the file is empty"
-        elif zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
-            why = f"the file is damaged at {part}"
-            raise EOFError
+        elif zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            folders = (part.filename for part in archive.infolist() if part.external_attr & 16)
+            if part := archive.testzip() or next(folders, None):  # torch compares no checksums, and reads a folder as 0
+                why = f"the file is damaged at {part}"
+                raise EOFError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         why = "it lacks one of epoch, arch and state_dict"
         _, _, weights = int(checkpoint.get("epoch")), str(checkpoint["arch"]), checkpoint["state_dict"].items()

@@ -1634,6 +1634,13 @@ def flipped(checkpoint, path):
     path.write_bytes(content)
 
 
+def filed_as_folder(checkpoint, path):
+    torch.save(checkpoint, path)
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\1\2", 0, content.rfind(b"/data/0")) + 38] ^= 16  # its entry's attribute, in the list
+    path.write_bytes(content)
+
+
 CONV = "module.encoder_q.layer1.0.conv1.weight"
 BROKEN = {
     "empty": (lambda c, path: path.write_bytes(b""), ": the file is empty\n"),
@@ -1644,6 +1651,7 @@ BROKEN = {
     "almost": (cut_to(0.999), "cut short"),
     "old half": (cut_to(0.5, legacy=True), "cut short"),
     "flip": (flipped, "damaged at"),
+    "folder": (filed_as_folder, "damaged at"),
     "pickle": (lambda c, path: path.write_bytes(pickle.dumps(Code(), 2)), "nothing of it was run"),
     "new pickle": (lambda c, path: path.write_bytes(pickle.dumps(Code(), 5)), "no archive of torch.save"),
     "code": (edited(optimizer=Code()), "nothing of it was run"),
