@@ -2957,6 +2957,13 @@ class TestCommandLine:
         done = subprocess.run([sys.executable, tmp_path / "moco.py"], capture_output=True)
         assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
+    def test_ctrl_c_in_the_midst_of_a_command_ends_it_with_status_130_and_without_a_traceback(self, tmp_path):
+        os.mkfifo(image := tmp_path / "0.png")
+        begun = start([sys.executable, MOCO, "views", "-", "--data", str(tmp_path)], tmp_path)
+        with open(image, "wb"):  # once the command reads
+            os.killpg(begun.pid, signal.SIGINT)
+            assert (*begun.communicate(), begun.returncode) == ("", "", 130)
+
     @pytest.mark.parametrize("section", range(1, 10))
     def test_every_section_can_be_cut_out_with_those_above_it(self, section):
         text = "".join(re.split(r"(?m)^(?=# ─)", Path(moco.__file__).read_text())[: section + 1])
