@@ -2265,7 +2265,8 @@ class TestNeverLosingARun:
             text=True,
             timeout=200,
         )
-        assert done.returncode == 2 and done.stderr.startswith("moco: --cache: the images differ in size")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("moco: --cache: the images differ in size")
 
     def test_a_test_image_that_cannot_be_read_costs_a_line_and_no_epoch(self, folder, run):
         (folder / "val" / "dark" / "0.png").write_text("no image")
