@@ -2137,6 +2137,13 @@ class TestTraining:
             moco.join_processes(CPU)
         assert cuda == torch.device("cuda", 3) and calls == [cuda, "cpu:gloo,cuda:nccl", cuda, "gloo", cuda]
 
+    @pytest.mark.parametrize("joined", [True, False])
+    def test_a_process_leaves_the_others_when_its_command_ends(self, run, monkeypatch, joined):
+        left = []
+        monkeypatch.setattr(moco.dist, "is_initialized", lambda: joined)
+        monkeypatch.setattr(moco.dist, "destroy_process_group", lambda: left.append(True))
+        assert run("--version")[0] == 0 and left == [True] * joined
+
     def test_on_a_cpu_glibc_keeps_freed_memory_and_another_library_is_let_be(self, few, tmp_path, monkeypatch):
         calls = []
         for library in (types.SimpleNamespace(mallopt=lambda *x: calls.append(x)), None):
@@ -2290,11 +2297,13 @@ class TestNeverLosingARun:
     @pytest.mark.parametrize("rank", [0, 1])
     def test_of_several_processes_each_holds_every_signal_for_torchrun_repeats_it(self, monkeypatch, rank):
         monkeypatch.setattr(moco, "ranks", lambda: (rank, 2))
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         with moco.held_signals() as received:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
     def test_a_run_killed_again_and_again_ends_as_one_never_killed(self, image_folder, undisturbed, tmp_path):
         resume = []
