@@ -2599,7 +2599,11 @@ class TestSeveralProcesses:
             close(many["state_dict"][name], x, atol=1e-10, rtol=0)
         assert many["rows"][0]["knn"] == one["rows"][0]["knn"]
 
-    @pytest.mark.parametrize("gradient", [torch.ones(4, 2), torch.ones(1).expand(4, 2)], ids=["dense", "expanded"])
+    @pytest.mark.parametrize(
+        "gradient",
+        [torch.ones(4, 2), torch.ones(2, 4).T, torch.ones(1).expand(4, 2)],
+        ids=["plain", "turned", "expanded"],
+    )
     def test_gradients_are_added_up_in_a_dense_copy_for_autograd_may_use_its_own_again(self, monkeypatch, gradient):
         monkeypatch.setattr(moco.dist, "all_reduce", lambda x: x.view(-1).mul_(3))
         assert (moco.Gather.backward(None, gradient) == 3).all() and (gradient == 1).all()
