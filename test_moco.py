@@ -2608,6 +2608,12 @@ class TestSeveralProcesses:
         monkeypatch.setattr(moco.dist, "all_reduce", lambda x: x.view(-1).mul_(3))
         assert (moco.Gather.backward(None, gradient) == 3).all() and (gradient == 1).all()
 
+    def test_rows_are_exchanged_in_a_plain_layout(self, monkeypatch):
+        monkeypatch.setattr(moco, "ranks", lambda: (0, 2))
+        monkeypatch.setattr(moco.Gather, "apply", lambda x: x)
+        x = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        assert moco.gathered(x).is_contiguous() and torch.equal(moco.gathered(x), x)
+
     def test_a_checkpoint_of_two_processes_resumes_on_one(self, several):
         *_, options = several[2, "moco"]
         assert [p.step for p in moco.Run(Config(**{**options, "epochs": 2, "resume": True})).train()] == [4, 5, 6]
