@@ -316,11 +316,14 @@ class TestData:
         (batch,) = data.train.batches([(0, torch.tensor([0]))], moco.whole)
         assert torch.equal(batch[0], tvf.pil_to_tensor(default_loader(path)))
 
-    def test_workers_look_paths_up_in_an_array_which_they_do_not_write_to(self, folder, monkeypatch):
-        seen = []
-        monkeypatch.setattr(moco, "DataLoader", lambda dataset, *_, **__: seen.append(dataset) or [])
-        list(moco.load_data(Config(data=str(folder)), CPU).train.batches([], moco.whole))
-        assert isinstance(seen[0].paths, np.ndarray) and seen[0].paths.dtype.kind == "S"
+    @pytest.mark.parametrize("kind", ["cpu", "cuda"])
+    def test_workers_look_paths_up_in_an_array_which_they_do_not_write_to(self, folder, monkeypatch, kind):
+        seen = {}
+        monkeypatch.setattr(moco, "DataLoader", lambda dataset, *_, **o: seen.update(o, paths=dataset.paths) or [])
+        data = moco.load_data(Config(data=str(folder), workers=3), torch.device(kind))
+        assert list(data.train.batches([], moco.whole)) == []
+        assert isinstance(seen["paths"], np.ndarray) and seen["paths"].dtype.kind == "S"
+        assert (seen["num_workers"], seen["pin_memory"]) == (3, kind == "cuda")
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
     def test_grey_transparent_and_palette_images_are_read_as_rgb(self, tmp_path, mode):
