@@ -1927,6 +1927,7 @@ class TestTraining:
     def test_the_order_is_a_function_of_the_seed(self):
         one, two, again = ([i.tolist() for _, i in moco.batch_plan(40, tiny_config(seed=seed))] for seed in (1, 2, 1))
         assert one != two and one == again
+        assert sum(one[:5], []) == torch.randperm(40, generator=rng("order", 1, 0)).tolist()
 
     def test_every_epoch_of_every_seed_has_an_order_of_its_own(self):
         plans = [moco.batch_plan(16, tiny_config(seed=seed, batch_size=16, epochs=4)) for seed in range(4)]
@@ -2123,7 +2124,9 @@ class TestTraining:
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
         )
-        assert moco.pick_device(Config(device="cuda"))[1].keywords == {"enabled": hardware}
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        device, autocast = moco.pick_device(Config(device="cuda"))
+        assert device == torch.device("cuda", 0) and autocast.keywords == {"enabled": hardware}
 
     def test_under_torchrun_a_process_joins_the_others_once_and_takes_the_gpu_of_its_rank(self, monkeypatch):
         calls = []
