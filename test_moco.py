@@ -2501,10 +2501,11 @@ class TestNeverLosingARun:
         with pytest.raises(UserError, match="^.*c.pt: not written .*No such file"):
             list(steps)
 
-    def test_litter_of_a_killed_save_is_removed_at_the_next_start(self, few, tmp_path):
+    def test_a_run_that_overwrites_removes_old_rows_and_the_litter_of_a_killed_save_at_its_start(self, few, tmp_path):
         (tmp_path / "c.pt.tmp").write_text("half a checkpoint")
-        next(training(tmp_path))
-        assert not (tmp_path / "c.pt.tmp").exists()
+        (tmp_path / "c.csv").write_text("old")
+        next(training(tmp_path, overwrite=True))
+        assert not (tmp_path / "c.pt.tmp").exists() and (tmp_path / "c.csv").read_text() == ""
 
 
 MOCO = str(Path(__file__).parent / "moco.py")
