@@ -2504,8 +2504,9 @@ class TestNeverLosingARun:
     def test_a_run_that_overwrites_removes_old_rows_and_the_litter_of_a_killed_save_at_its_start(self, few, tmp_path):
         (tmp_path / "c.pt.tmp").write_text("half a checkpoint")
         (tmp_path / "c.csv").write_text("old")
-        next(training(tmp_path, overwrite=True))
+        next(steps := training(tmp_path, overwrite=True))
         assert not (tmp_path / "c.pt.tmp").exists() and (tmp_path / "c.csv").read_text() == ""
+        steps.close()
 
 
 MOCO = str(Path(__file__).parent / "moco.py")
