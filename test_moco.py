@@ -2994,9 +2994,11 @@ class TestCommandLine:
     def test_ctrl_c_in_the_midst_of_a_command_ends_it_with_status_130_and_without_a_traceback(self, tmp_path):
         os.mkfifo(image := tmp_path / "0.png")
         begun = start([sys.executable, MOCO, "views", "-", "--data", str(tmp_path)], tmp_path)
-        with open(image, "wb"):  # once the command reads
-            os.killpg(begun.pid, signal.SIGINT)
-            assert (*begun.communicate(), begun.returncode) == ("", "", 130)
+        while begun.poll() is None:
+            with contextlib.suppress(OSError), open(os.open(image, os.O_WRONLY | os.O_NONBLOCK), "wb"):  # till it reads
+                os.killpg(begun.pid, signal.SIGINT)
+                break
+        assert (*begun.communicate(), begun.returncode) == ("", "", 130)
 
     @pytest.mark.parametrize("section", range(1, 10))
     def test_every_section_can_be_cut_out_with_those_above_it(self, section):
