@@ -15,7 +15,7 @@ MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One tra
     evaluation: encoder_q's pooled features (N,D) ──► kNN, linear classifier
 
 Shapes: N images per batch and process, P processes, S pixels per side of a view, D features,
-C embedding dimensions, K keys in the queue, M images in a data set. test_moco.py specifies it all.
+C embedding dimensions, K keys in the queue, M images in a data set. Its tests specify it.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ __version__ = "0.2.0"
 
 def rng(*key: int | str) -> Generator:
     """Return a CPU generator seeded by the key alone, e.g. ("step", seed, step)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # torch uses 32 bits of it
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # the seed's bits that torch uses
     return Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -99,7 +99,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not autograd's own
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         dist.all_reduce(gradient)
         return local_rows(gradient)
 
@@ -114,11 +114,11 @@ def all_gather(x: Tensor) -> Tensor:
 
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor | None = None) -> Tensor:
     """Return InfoNCE, MoCo eq. 1: −q·k₊/T + log( exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T) ), the mean over N.
-    q, k (N,C): unit rows; negatives (C,K): unit columns; ignore (N,K): True where a query skips one.
-    Equals cross-entropy over the K+1 logits [q·k₊, q·kᵢ]/T with label 0, in float32 or finer under
-    any autocast. Raises ValueError if queries and negatives differ in dimension."""
+    q, k (N,C): unit rows; negatives (C,K): unit columns; ignore (N,K): True where one does not count.
+    Equals cross-entropy over the K+1 logits [q·k₊, q·kᵢ]/T with label 0, in float32 or float64
+    under any autocast. Raises ValueError if queries and negatives differ in dimension."""
     if q.shape[1] != len(negatives):
-        raise ValueError(f"the encoder returns {q.shape[1]} dimensions; dim is {len(negatives)}")
+        raise ValueError(f"queries have {q.shape[1]} dimensions, but dim is {len(negatives)}")
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, negatives = q.to(dtype) / T, negatives.to(dtype)
@@ -130,7 +130,7 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor |
 
 
 def embed(encoder: nn.Module, x: Tensor) -> Tensor:
-    """Return the embeddings of views x (N,3,S,S) as unit rows (N,C), in float32 or finer."""
+    """Return the embeddings of views x (N,3,S,S) as unit rows (N,C), in float32 or float64."""
     z = encoder(x)
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
@@ -139,7 +139,7 @@ def shuffled_keys(encoder: nn.Module, im_k: Tensor, generator: Generator | None)
     """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), embedded in a random order.
     ShuffleBN, 1911.05722, section 3.3: a query and its key are normalized with different images, so
     BatchNorm's statistics do not tell which key is whose. The keys are returned in the views' order.
-    Raises ValueError if several ranks have no generator."""
+    Raises ValueError if there are several ranks and no generator."""
     if generator is None and world_size() > 1:
         raise ValueError("several processes need a generator, with the same seed in each")
     im_k = all_gather(im_k)
@@ -166,13 +166,13 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def momentum_update(self) -> None:
-        """Move the key encoder, eq. 2: θ_k ← m·θ_k + (1−m)·θ_q, parameters only, no statistics."""
+        """Move the key encoder, eq. 2: θ_k ← m·θ_k + (1−m)·θ_q, of parameters only."""
         for theta_k, theta_q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
             theta_k.lerp_(theta_q, 1 - self.m)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, keys: Tensor) -> None:
-        """Replace the queue's oldest keys by keys (N,C), for any N; of N > K, the newest K stay."""
+        """Replace the queue's oldest keys by keys (N,C), for any N; if N > K, the newest K stay."""
         columns = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
         self.queue.index_copy_(1, columns[-self.K :], keys[-self.K :].T.to(self.queue))
         self.queue_ptr.add_(len(keys)).remainder_(self.K)
@@ -286,13 +286,13 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) % self.num_splits:
             raise ValueError(f"a batch of {len(x)} cannot be split into {self.num_splits} groups")
         groups = x.chunk(self.num_splits)
-        means = variances = [None] * self.num_splits
+        means = variances = [None] * self.num_splits  # no running statistics
         momentum = self.momentum or 0.0
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a cumulative average, as in BatchNorm2d
                 momentum = 1 / float(self.num_batches_tracked)
-            means = self.running_mean.repeat(self.num_splits, 1)  # each group moves its row
+            means = self.running_mean.repeat(self.num_splits, 1)  # F.batch_norm moves a row
             variances = self.running_var.repeat(self.num_splits, 1)
         normalized = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, True, momentum, self.eps)
@@ -373,7 +373,7 @@ class ResNetEncoder(nn.Module):
 def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
     """Turn uniform u (N,4,10) into torchvision's RandomResizedCrop: boxes (N,4) of top, left, h, w.
     The area is uniform in `scale`, a fraction of the image; log(aspect ratio) in ±log(4/3). The first
-    of ten tries that fits into the image counts, else the center at the nearest aspect ratio."""
+    of ten tries that fits into the image counts, else the center, at the nearest ratio to its own."""
     u = u.transpose(0, 1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     ratio = (math.log(4 / 3) * (2 * u[1] - 1)).exp()
@@ -453,7 +453,7 @@ def color_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     hue = (order == 3).int().argmax(1)[:, None, None, None]  # where hue stands in each image's order
     factor = factors.gather(1, order)[:, :, None, None, None]
     order = order[:, :, None, None, None]
-    for i in (0, 1, 2):
+    for i in (0, 1, 2):  # a factor of 1 changes nothing: hue, and what comes after it
         x = blend(x, order[:, i], torch.where(i < hue, factor[:, i], 1))
     x = shift_hue(x, factors[:, 3, None, None, None])
     for i in (1, 2, 3):
@@ -465,7 +465,8 @@ def random_color_jitter(x: Tensor, draw: Callable, *strengths: float) -> Tensor:
     """Draw an order and factors per image: 1 ± strength, but for hue 0 ± strength."""
     offsets = torch.stack([strength * (2 * draw(len(x)) - 1) for strength in strengths], 1)
     order = draw(len(x), 4).argsort(1)
-    return color_jitter(x, order, offsets + (torch.arange(4, device=x.device) < 3))
+    multiplies = torch.arange(4, device=x.device) < 3  # hue is added
+    return color_jitter(x, order, multiplies + offsets)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -475,7 +476,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     offsets = torch.arange(-(size // 20), size // 20 + 1, device=x.device)
     weights = (-0.5 * (offsets / sigma) ** 2).softmax(1)
     pixel = (torch.arange(size, device=x.device)[:, None] + offsets).abs()
-    pixel = (size - 1 - (size - 1 - pixel).abs()).expand(len(x), -1, -1)
+    pixel = (size - 1 - (size - 1 - pixel).abs()).expand(len(x), -1, -1)  # reflected at both ends
     weights = weights[:, None].expand(pixel.shape)
     matrix = x.new_zeros(len(x), size, size).scatter_add_(2, pixel, weights)
     return separable(x, matrix, matrix)
@@ -549,7 +550,7 @@ class Augment(nn.Module):
 
     def center_crop(self, images: Tensor, *_: Any) -> Tensor:
         """Return what evaluation sees of uint8 (…,3,H,W), by the recipe's margin: (…,3,S,S)."""
-        longest = 2 * min(images.shape[-2:])  # resized whole, a panorama would take gigabytes
+        longest = 2 * min(images.shape[-2:])  # a panorama is cut first: resizing all of it takes gigabytes
         images = tvf.center_crop(images, [min(side, longest) for side in images.shape[-2:]])
         images = tvf.resize(images, [round(self.size * self.recipe.margin)])
         return tvf.center_crop(images, [self.size, self.size])
@@ -571,7 +572,7 @@ class SplitTwoViews:
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Return both views' crops uint8 (2,3,S,S) of an image (3,H,W), at its own resolution.
-        A batch of images in memory (N,3,H,W) is returned as it is: the device crops it."""
+        A batch (N,3,H,W) from memory is returned as it is: `__call__` crops it on the device."""
         if image.dim() == 4:
             return image
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
@@ -585,11 +586,11 @@ class SplitTwoViews:
 
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
     """Return labels (N,) int64 by weighted kNN: the k nearest of bank (M,D) vote, 1805.01978.
-    A neighbor at cosine similarity s has exp(s/T) votes; all of a bank of fewer than k vote.
+    A neighbor at cosine similarity s has exp(s/T) votes; if the bank has fewer than k, all vote.
     Similarities are computed in chunks of at most 128 MiB. Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"k = {k}: at least one neighbor must vote")
-    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # a normalized copy of the bank may take gigabytes
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: a copy of the bank may take gigabytes
     predictions = []
     for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
         similarity, neighbors = (chunk @ bank.T).mul_(scale).topk(min(k, len(bank)))  # (n,k)
@@ -602,7 +603,7 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
     """Minimize cross-entropy + decay/2·‖W‖² of features (M,D), labels (M,): logistic regression.
-    The loss is convex, and L-BFGS runs to its minimum, so there is no learning rate to tune; the
+    The loss is convex, and L-BFGS runs close to its minimum, so there is no learning rate to tune; the
     papers train by SGD at a learning rate of 30, 1911.05722, section 4.1. Returns a frozen layer."""
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     nn.init.zeros_(linear.weight)
@@ -627,12 +628,12 @@ class UserError(ValueError):
     """A mistake that a user can correct; the message names the flag or the file and what to do."""
 
 
-COUNT, MANY = (1, 10**6), (0, 10**6)  # bounds, both included
+FROM_0, FROM_1 = (0, 10**6), (1, 10**6)  # bounds, both included
 
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the options of a run: type, help text, bounds or choices, and the default of each.
+    """Hold the options of a run: type, help text, bounds or choices, and default, in the order of PANELS.
     Raises UserError for values that cannot work."""
 
     preset: Annotated[str, "defaults to start from", ("cifar10", "v1", "v2", "tiny", "cpu")] = "cifar10"
@@ -648,29 +649,29 @@ class Config:
     stem: Annotated[str, "3x3, or 7x7 with stride 2 and max-pool", tuple(STEMS)] = "cifar"
     width: Annotated[float, "factor on all channels", (1 / 8, 16)] = 1.0
     mlp: Annotated[bool, "2-layer head (v2), else a linear one (v1)"] = True
-    bn_splits: Annotated[int, "groups of the batch that BatchNorm normalizes separately", COUNT] = 8
+    bn_splits: Annotated[int, "groups of the batch that BatchNorm normalizes separately", FROM_1] = 8
     aug: Annotated[str, "recipe of the views", tuple(RECIPES)] = "cifar"
     size: Annotated[int, "side of a view in pixels", (1, 4096)] = 32
     batch_size: Annotated[int, "images per step, of all processes", (2, 10**6)] = 512
     optimizer: Annotated[str, "muon: orthogonalized momentum, for short runs", ("sgd", "muon")] = "sgd"
     data: Annotated[str, "cifar10, cifar100, shapes (built in) or a folder of images"] = "cifar10"
-    epochs: Annotated[int, "passes over the images", COUNT] = 100
+    epochs: Annotated[int, "passes over the images", FROM_1] = 100
     lr: Annotated[float, "peak learning rate", (1e-6, 100)] = 0.06
     wd: Annotated[float, "weight decay of SGD", (0, 10)] = 5e-4
-    warmup_epochs: Annotated[float, "epochs in which the learning rate rises from 0", MANY] = 0.0
+    warmup_epochs: Annotated[float, "epochs in which the learning rate rises from 0", FROM_0] = 0.0
     cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
-    schedule: Annotated[tuple, "with --no-cos, epochs at which lr is divided by 10", MANY] = (120, 160)
+    schedule: Annotated[tuple, "with --no-cos, epochs at which lr is divided by 10", FROM_0] = (120, 160)
     precision: Annotated[str, "auto: bf16 if the hardware has it", ("auto", "bf16", "fp32")] = "auto"
     eval_size: Annotated[int, "side of an image in evaluation; 0: same as --size", (0, 4096)] = 0
-    knn_every: Annotated[int, "epochs between kNN evaluations; 0: only at the end", MANY] = 10
-    knn_k: Annotated[int, "neighbors that vote", COUNT] = 200
+    knn_every: Annotated[int, "epochs between kNN evaluations; 0: only at the end", FROM_0] = 10
+    knn_k: Annotated[int, "neighbors that vote", FROM_1] = 200
     knn_t: Annotated[float, "temperature of their votes", (1e-3, 100)] = 0.1
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     resume: Annotated[bool, "continue the run that wrote --out, with its options"] = False
     overwrite: Annotated[bool, "replace files that exist"] = False
-    save_every_steps: Annotated[int, "save every so many steps, too, not only every epoch", MANY] = 0
+    save_every_steps: Annotated[int, "save every so many steps, too, not only every epoch", FROM_0] = 0
     root: Annotated[str, "folder for the downloads of cifar10 and cifar100"] = "data"
-    workers: Annotated[int, "processes that read a folder's images", MANY] = 2
+    workers: Annotated[int, "processes that read a folder's images", FROM_0] = 2
     device: Annotated[str, "where to compute", ("auto", "cpu", "cuda", "mps")] = "auto"
     compile: Annotated[bool, "torch.compile the encoders"] = False
     tensorboard: Annotated[str, "folder for TensorBoard's files, if that package is installed"] = ""
@@ -691,18 +692,18 @@ class Config:
         if self.batch_size % splits or self.batch_size < 2 * splits:
             rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
-        smallest = 9 if self.stem == "cifar" else 33  # oneDNN's bf16 fails on 1×1 maps
+        smallest = 9 if self.stem == "cifar" else 33  # below, layer4 has 1×1 maps: oneDNN's bf16 fails
         for name in ("size", "eval_size"):
             if (size := getattr(self, name) or self.size) < smallest:
                 raise UserError(f"{flag(name)} {size}: --stem {self.stem} needs at least {smallest}")
 
 
 OPTIONS = get_type_hints(Config, include_extras=True)
-HARDWARE = "Files and hardware"
+FIXED, HARDWARE = " (fixed on --resume)", "Files and hardware"
 PANELS = {  # of --help, by first option; a checkpoint decides all options but those of HARDWARE
-    "preset": "Method (fixed on --resume)",
-    "arch": "Encoder (fixed on --resume)",
-    "aug": "Views and batches (fixed on --resume)",
+    "preset": "Method" + FIXED,
+    "arch": "Encoder" + FIXED,
+    "aug": "Views and batches" + FIXED,
     "data": "Training",
     "eval_size": "Evaluation",
     "out": HARDWARE,
@@ -735,8 +736,9 @@ def panel_of(name: str) -> str:
 def check_option(name: str, value: Any) -> None:
     """Raise UserError unless a value has its option's type and is in its bounds or choices."""
     kind, _, *rest = get_args(OPTIONS[name])
-    items = value if type(value) is kind is tuple else (value,)
-    kind = int if items is value else kind
+    items = (value,)
+    if kind is tuple and type(value) is tuple:
+        items, kind = value, int
     valid = all(type(x) is kind or (kind is float and type(x) is int) for x in items)
     wanted = f"of type {kind.__name__}"
     if rest and kind is str:
@@ -758,7 +760,7 @@ class Split(Dataset):
     """Hold a split's images and labels (M,) int64, if any; a sampler yields its batches.
     images: uint8 (M,3,H,W) on the device, or paths of files that `workers` processes read."""
 
-    images: Tensor | np.ndarray  # paths as bytes: counting a list's references copies memory
+    images: Tensor | np.ndarray  # paths as bytes in an array: workers share its memory
     labels: Tensor | None
     device: torch.device
     workers: int = 0
@@ -819,7 +821,7 @@ def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tu
                 raise batch
             yield batch[0].to(split.device, non_blocking=True), batch[1]
     finally:
-        del iterator  # this ends the workers, which an exception's traceback would keep
+        del iterator  # end the workers now: an exception's traceback would keep them alive
 
 
 @dataclass
@@ -894,7 +896,7 @@ def load_folder(config: Config, device: torch.device) -> Data:
     folders = {path.name.lower(): str(path) for path in sorted(Path(root).iterdir()) if path.is_dir()}
     top = folders.get("train", root)
     train, test, test_top = find_images(top), {}, "val"
-    for name in ("test", "validation", "valid", "val"):
+    for name in ("test", "validation", "valid", "val"):  # the last one found counts
         if "train" in folders and name in folders and (images := find_images(folders[name])):
             test, test_top = images, folders[name]
     if not train:
@@ -1022,7 +1024,7 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's
-        raise UserError(f"{path}: not written ({str(cause).splitlines()[0]}); an old file is kept") from error
+        raise UserError(f"{path}: not written ({str(cause).splitlines()[0]}); the old file, if any, is kept") from error
 
 
 def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
@@ -1034,11 +1036,13 @@ def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor] | None = 
     """Raise ValueError unless tensors are finite, real data, of the names, shapes, dtypes expected."""
     if expected is not None and tensors.keys() != expected.keys():
         raise ValueError(f"missing or unexpected: {min(map(str, tensors.keys() ^ expected.keys()))}")
-    for name, x in tensors.items():  # one of stride 0 claims more than it holds
+    for name, x in tensors.items():
+        # of stride 0, a tensor claims more than the file holds, and an optimizer writes past its end
         if not isinstance(x, Tensor) or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(f"{name} is not a tensor that holds what it claims")
         if expected is not None and (x.shape, x.dtype) != (expected[name].shape, expected[name].dtype):
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, not {tuple(expected[name].shape)}")
+            right = expected[name]
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, not {right.dtype} {tuple(right.shape)}")
         if not x.isfinite().all():
             raise ValueError(f"{name} is not finite")
 
@@ -1053,7 +1057,8 @@ def load_checkpoint(path: str) -> dict[str, Any]:
             if damaged := odd or archive.testzip():
                 raise ValueError(f"the file is damaged at {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["epoch"], _ = int(checkpoint["epoch"]), str(checkpoint["arch"])
+        checkpoint["epoch"] = int(checkpoint["epoch"])
+        checkpoint["arch"] = str(checkpoint["arch"])
         checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
         check_tensors(checkpoint["state_dict"])
         for name, value in checkpoint.get("config", {}).items():
@@ -1083,7 +1088,7 @@ def load_encoder(checkpoint: dict[str, Any], path: str, head: bool = False) -> R
     try:
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem, mlp = "cifar" if kernel == 3 else "imagenet", "fc.0.weight" in weights
-        dim = len(list(weights.values())[-1]) if head else 1
+        dim = len(weights["fc.2.bias" if mlp else "fc.bias"]) if head else 1
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             encoder = ResNetEncoder(checkpoint["arch"], dim, mlp, 1, stem, channels / 64)
         if not head:
@@ -1181,7 +1186,7 @@ class Muon(torch.optim.Optimizer):
 def learning_rate(config: Config, epoch: float) -> float:
     """Return the rate after `epoch` epochs: linear warmup, then cosine decay or ×0.1 at each of --schedule."""
     warmup = config.warmup_epochs
-    if epoch < warmup:
+    if warmup and epoch <= warmup:
         return config.lr * epoch / warmup
     if config.cos:
         progress = (epoch - warmup) / (config.epochs - warmup)
@@ -1220,7 +1225,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.device, self.autocast = pick_device(config)
-        self.config = dataclasses.replace(config)  # checks it again: now processes are counted
+        self.config = dataclasses.replace(config)  # checked again: world_size() is known now
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or config.resume or rank() > 0, EXISTS)
@@ -1241,13 +1246,13 @@ class Run:
         self.steps = config.epochs * self.steps_per_epoch
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)
         self.loss, self.step, self.rows = None, 0, []
-        self.began = time.perf_counter()  # the epoch, less the time in which no run trained it
+        self.began = time.perf_counter()  # of the epoch, as if never interrupted
         if checkpoint:
             self.restore(checkpoint)
         self.saved_step, self.saved_at = None, time.monotonic()
         self.waiting = False  # for a batch: see `next_batch`
         self.ddp_model = DistributedDataParallel(self.model) if world_size() > 1 else self.model
-        self.ddp_model.broadcast_buffers = False  # each rank keeps its own BatchNorm statistics
+        self.ddp_model.broadcast_buffers = False  # from now on, BatchNorm's statistics stay apart
 
     def own_checkpoint(self) -> dict[str, Any]:
         """Read the checkpoint to continue. Raises UserError if its options differ where they may not."""
@@ -1257,7 +1262,7 @@ class Run:
             raise UserError(f"--resume: {self.config.out} was not written by `train` of this moco.py")
         for name, value in dataclasses.asdict(self.config).items():
             old = saved[name]
-            if (value != old and "fixed" in panel_of(name)) or (name == "epochs" and value < old):
+            if (value != old and panel_of(name).endswith(FIXED)) or (name == "epochs" and value < old):
                 raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
         return checkpoint
 
@@ -1356,11 +1361,11 @@ class Run:
             row["seconds"] += self.began - ended
         return row
 
-    def agree(self, flag: Any) -> bool:
-        """Return whether any rank's flag is set; several ranks look every AGREE_STEPS steps."""
+    def agree(self, wish: Any) -> bool:
+        """Return whether any rank wishes it; several ranks ask every AGREE_STEPS steps."""
         if world_size() > 1 and self.step % AGREE_STEPS:
             return False
-        return bool(all_gather(torch.tensor([bool(flag)])).any())
+        return bool(all_gather(torch.tensor([bool(wish)])).any())
 
     def average_statistics(self) -> None:
         """Give all ranks the mean of their BatchNorm statistics, which one process would have."""
@@ -1402,8 +1407,10 @@ class Run:
                 table = csv.DictWriter(file, COLUMNS)
                 table.writeheader()
                 table.writerows(self.rows)
+        except FileExistsError as error:
+            raise UserError(f"{self.csv_path}: exists already; {EXISTS}") from error
         except OSError as error:
-            raise UserError(f"{self.csv_path}: not written ({error.strerror}); {EXISTS}") from error
+            raise UserError(f"{self.csv_path}: not written ({error.strerror})") from error
 
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
@@ -1501,7 +1508,7 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
     similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
     if data.test is None:
-        similarity[torch.arange(len(chosen)), chosen] = -math.inf  # itself, so it comes last
+        similarity[torch.arange(len(chosen)), chosen] = -math.inf  # an image is not its own neighbor
     others = len(bank) - (data.test is None)
     neighbors = similarity.topk(min(10, others)).indices.cpu()
     crop = Augment(config.aug, config.eval_size or config.size).center_crop
@@ -1521,7 +1528,7 @@ def load_for_evaluation(
     """Return a checkpoint's encoder, data, configuration with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     encoder = load_encoder(checkpoint, path, head)
-    preset = "v2" if encoder.conv1.stride == (2, 2) else "cifar10"  # of an official checkpoint
+    preset = "v2" if encoder.conv1.stride == (2, 2) else "cifar10"  # official ones have no config
     saved = checkpoint.get("config", PRESETS[preset])
     saved = {x: saved[x] for x in COMMANDS[knn] if x in saved and panel_of(x) != HARDWARE}
     if "size" in options:
@@ -1568,11 +1575,11 @@ def train(**options: Any) -> None:
             rows = log_tensorboard(rows, config.tensorboard)
         show_progress(run, rows)
     program = Path(sys.argv[0]).name
-    program = f"python {program}" if program.endswith(".py") else program
+    if program.endswith(".py"):
+        program = f"{'torchrun …' if world_size() > 1 else 'python'} {program}"
     if run.step < run.steps:
         again = shlex.join([x for x in sys.argv[1:] if x != "--resume"])
-        launcher = "torchrun … " if world_size() > 1 else ""
-        print(f"stopped after step {run.step}; to go on: {launcher}{program} {again} --resume")
+        print(f"stopped after step {run.step}; to go on: {program} {again} --resume")
         sys.exit(128 + (received or [signal.SIGTERM])[0])  # another rank may have got the signal
     command = "knn {0}" if run.data.test else "neighbors {0} neighbors.png"
     print(f"{config.out} is complete; next: {program} {command.format(shlex.quote(config.out))}")
@@ -1684,7 +1691,8 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
         asked = f" for the {amount[1]} that were asked for" if amount else ""
         options = next((x for command, x in COMMANDS.items() if command.__name__ in arguments), ())
         names = [x for x in ("size", "batch_size", "width", "moco_k", "workers") if x in options]
-        return f"too little memory{asked}; give a smaller {' or '.join(map(flag, names))}"
+        advice = f"; give a smaller {' or '.join(map(flag, names))}" if names else ""
+        return f"too little memory{asked}{advice}"
     if "DataLoader" in text:
         return f"a process that reads images died or hangs ({first}); give --workers 0, --resume"
     if world_size() > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
@@ -1701,7 +1709,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.append(argument)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a notebook's stream
-            stream.reconfigure(errors="backslashreplace")  # of letters that the encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # print \u03b8 where θ cannot be
     try:
         command_line()(args=arguments)
     except (UserError, MemoryError, OSError, RuntimeError) as error:
