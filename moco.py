@@ -1355,7 +1355,8 @@ class Run:
             try:
                 row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
             except UserError:  # a test image that cannot be read costs no epoch
-                self.save()
+                if world_size() == 1:  # several ranks are apart here, and cannot save
+                    self.save()
                 raise
             self.began = time.perf_counter()
             row["seconds"] += self.began - ended
