@@ -1575,12 +1575,12 @@ def train(**options: Any) -> None:
         if config.tensorboard and rank() == 0:
             rows = log_tensorboard(rows, config.tensorboard)
         show_progress(run, rows)
-    program = Path(sys.argv[0]).name
-    if program.endswith(".py"):
-        program = f"{'torchrun …' if world_size() > 1 else 'python'} {program}"
+    script = Path(sys.argv[0]).name
+    program = f"python {script}" if script.endswith(".py") else script
     if run.step < run.steps:
+        launcher = f"torchrun … {script}" if world_size() > 1 else program
         again = shlex.join([x for x in sys.argv[1:] if x != "--resume"])
-        print(f"stopped after step {run.step}; to go on: {program} {again} --resume")
+        print(f"stopped after step {run.step}; to go on: {launcher} {again} --resume")
         sys.exit(128 + (received or [signal.SIGTERM])[0])  # another rank may have got the signal
     command = "knn {0}" if run.data.test else "neighbors {0} neighbors.png"
     print(f"{config.out} is complete; next: {program} {command.format(shlex.quote(config.out))}")

@@ -118,7 +118,6 @@ def few(small_sets, monkeypatch):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """Leave `--device auto` only the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
@@ -2222,6 +2221,12 @@ def agrees(many, one):
 
 
 class TestSeveralProcesses:
+    def test_torchrun_starts_the_processes_of_a_run(self, image_folder, tmp_path):
+        command = f"-m torch.distributed.run --standalone --nproc-per-node=2 {MOCO} train --preset tiny --device cpu"
+        command += f" --width 0.125 --size 16 --batch-size 8 --knn-k 3 --epochs 1 --data {image_folder}"
+        done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("epoch 1/1") == 1, done.stderr
+
     @pytest.mark.parametrize("n", [2, 3])
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_same_options_compute_the_same_on_one_and_on_several_processes(self, several, kind, n):
