@@ -286,13 +286,13 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) % self.num_splits:
             raise ValueError(f"a batch of {len(x)} cannot be split into {self.num_splits} groups")
         groups = x.chunk(self.num_splits)
-        means = variances = [None] * self.num_splits  # no running statistics
+        means = variances = [None] * self.num_splits  # for F.batch_norm: no running statistics
         momentum = self.momentum or 0.0
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a cumulative average, as in BatchNorm2d
                 momentum = 1 / float(self.num_batches_tracked)
-            means = self.running_mean.repeat(self.num_splits, 1)  # F.batch_norm moves a row
+            means = self.running_mean.repeat(self.num_splits, 1)  # F.batch_norm moves one row per group
             variances = self.running_var.repeat(self.num_splits, 1)
         normalized = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, True, momentum, self.eps)
@@ -1695,7 +1695,7 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
         advice = f"; give a smaller {' or '.join(map(flag, names))}" if names else ""
         return f"too little memory{asked}{advice}"
     if "DataLoader" in text:
-        return f"a process that reads images died or hangs ({first}); give --workers 0, --resume"
+        return f"a process that reads images died or hangs ({first}); try --workers 0"
     if world_size() > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
         return f"rank {rank()} lost another process ({first}); continue with --resume"
     return None
