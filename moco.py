@@ -23,13 +23,12 @@ import copy
 import csv
 import ctypes
 import dataclasses
-import datetime
 import hashlib
 import inspect
+import io
 import itertools
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -244,12 +243,8 @@ class MemoryBank(nn.Module):
         return loss
 
 
-class SimCLR(nn.Module):
+class SimCLR(EndToEnd):
     """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1."""
-
-    def __init__(self, encoder: nn.Module, T: float = 0.1) -> None:
-        super().__init__()
-        self.encoder_q, self.T = encoder, T
 
     def forward(self, im_q: Tensor, im_k: Tensor, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S): mean over 2N queries, 2·P·N−2 negatives each."""
@@ -511,19 +506,18 @@ RECIPES = {
 }
 
 
-class Augment(nn.Module):
+class Augment:
     """Turn images into random views by a recipe, on their device, with separate draws per image.
     The draws come from a CPU generator, so a seed gives the same views on every device.
     Raises ValueError for an unknown recipe."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
-        super().__init__()
         self.recipe = choose(RECIPES, recipe, "recipe")
         self.size = size
-        self.register_buffer("mean", torch.tensor(self.recipe.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(self.recipe.std)[:, None, None], persistent=False)
+        self.mean = torch.tensor(self.recipe.mean)[:, None, None]
+        self.std = torch.tensor(self.recipe.std)[:, None, None]
 
-    def forward(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Return views float (N,3,S,S) of images uint8 (N,3,H,W). Raises TypeError for others."""
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise TypeError(f"images are uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
@@ -666,6 +660,7 @@ class Config:
     knn_every: Annotated[int, "epochs between kNN evaluations; 0: only at the end", FROM_0] = 10
     knn_k: Annotated[int, "neighbors that vote", FROM_1] = 200
     knn_t: Annotated[float, "temperature of their votes", (1e-3, 100)] = 0.1
+    head: Annotated[bool, "evaluate the output of the head, not the pooled features"] = False
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     resume: Annotated[bool, "continue the run that wrote --out, with its options"] = False
     overwrite: Annotated[bool, "replace files that exist"] = False
@@ -674,6 +669,7 @@ class Config:
     workers: Annotated[int, "processes that read a folder's images", FROM_0] = 2
     device: Annotated[str, "where to compute", ("auto", "cpu", "cuda", "mps")] = "auto"
     compile: Annotated[bool, "torch.compile the encoders"] = False
+    json: Annotated[bool, "print JSON objects"] = False
     tensorboard: Annotated[str, "folder for TensorBoard's files, if that package is installed"] = ""
 
     @classmethod
@@ -778,12 +774,10 @@ class Split(Dataset):
         try:
             crops = [self.crop(read_image(self.images[i]), epoch, i) for i in indices.tolist()]
             images = torch.stack(crops, dim=-4)
-        except Exception as error:  # raised in the process that trains: see `load_batches`
-            return error
-        try:
+            # If sharing failed after the return, the DataLoader would wait for ever.
             return images.share_memory_() if get_worker_info() else images, indices
-        except RuntimeError as error:  # if sharing failed later, the DataLoader would wait for ever
-            return UserError(f"--workers: too little shared memory ({error}); give --workers 0")
+        except Exception as error:  # raised by `load_batches`, without a worker's traceback
+            return error
 
 
 def read_image(path: bytes) -> Tensor:
@@ -810,11 +804,10 @@ def ignore_signals(_: int) -> None:
 def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images, cropped by `crop`, and the indices of each batch (epoch, indices (N,)).
     Raises UserError for an image that cannot be read."""
-    split = dataclasses.replace(split, crop=crop)
     options = dict(num_workers=split.workers, worker_init_fn=ignore_signals)
     if split.workers:
         options |= dict(timeout=300, pin_memory=split.device.type == "cuda")
-    iterator = iter(DataLoader(split, None, sampler=batches, **options))
+    iterator = iter(DataLoader(dataclasses.replace(split, crop=crop), None, sampler=batches, **options))
     try:
         for batch in iterator:
             if isinstance(batch, Exception):
@@ -830,26 +823,19 @@ class Data:
 
     train: Split
     test: Split | None
-    classes: int
     found: str  # which images were found where
 
 
-def load_data(config: Config, device: torch.device, stream: bool = False) -> Data:
-    """Load the data set that --data names; stream: read a folder's images only when needed.
-    Raises UserError where there are no images."""
+def load_data(config: Config, device: torch.device) -> Data:
+    """Load the data set that --data names. Raises UserError where there are no images."""
     if config.data == "shapes":
         splits = [shapes(6_000, "train"), shapes(2_000, "test")]
     elif config.data in ("cifar10", "cifar100"):
-        splits = [cifar(config, train) for train in (True, False)]
+        splits = [cifar(config, True), cifar(config, False)]
     else:
-        data = load_folder(config, device)
-        if not stream:
-            data.train = read_small(data.train)
-            data.test = data.test and read_small(data.test)
-        return data
+        return load_folder(config, device)
     train, test = (Split(x.to(device), y.to(device), device) for x, y in splits)
-    found = f"{len(train)} images to train on, {len(test)} to test on"
-    return Data(train, test, int(train.labels.max()) + 1, found)
+    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on")
 
 
 def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
@@ -860,69 +846,71 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
     try:
         split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            if is_new:
-                os.rmdir(config.root)
+        if is_new and os.path.isdir(config.root):
+            os.rmdir(config.root)
         why = f"not in --root {config.root}, and the download failed ({str(error).splitlines()[0]})"
         raise UserError(f"--data {config.data}: {why}; give --data shapes, or a folder of images") from error
     if rank() == 0 and world_size() > 1:
         dist.barrier()
-    images = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(split.targets)
+    return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
 
 
 def find_images(top: str) -> dict[str, str]:
     """Return the images below a folder, sorted, each with its subfolder of `top`; nothing hidden."""
     visited, found = set(), {}
     for folder, subfolders, files in os.walk(top, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in visited:  # links can form loops
+        if os.path.realpath(folder) in visited:  # links can form loops
             subfolders.clear()
             continue
-        visited.add(place)
+        visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        label = os.path.relpath(folder, top).split(os.sep)[0]
         for name in files:
             if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS):
-                found[os.path.join(folder, name)] = label
+                found[os.path.join(folder, name)] = os.path.relpath(folder, top).split(os.sep)[0]
     return dict(sorted(found.items()))
 
 
 def load_folder(config: Config, device: torch.device) -> Data:
-    """Find train/CLASS/* and a test split beside it; any other tree of images has no labels."""
+    """Find train/CLASS/* and a test split beside it; any other tree of images has no labels.
+    Raises UserError for a folder without images, or images in no class."""
     root = config.data
     if not os.path.isdir(root):
         raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
     folders = {path.name.lower(): str(path) for path in sorted(Path(root).iterdir()) if path.is_dir()}
-    top = folders.get("train", root)
-    train, test, test_top = find_images(top), {}, "val"
+    top, test_top = folders.get("train", root), "val"
+    train, test = find_images(top), {}
+    if not train:
+        raise UserError(f"--data {root}: no images in {top}; looked for {' '.join(IMG_EXTENSIONS)}")
     for name in ("test", "validation", "valid", "val"):  # the last one found counts
         if "train" in folders and name in folders and (images := find_images(folders[name])):
             test, test_top = images, folders[name]
-    if not train:
-        raise UserError(f"--data {root}: no images in {top}; looked for {' '.join(IMG_EXTENSIONS)}")
-    found = f"{len(train)} images to train on in {top}"
-    numbers = {label: i for i, label in enumerate(sorted(set(train.values())))}
-    paths = [np.array([os.fsencode(path) for path in files]) for files in (train, test)]
+    classes = sorted(set(train.values()))
+    labeled = "train" in folders and classes != ["."] and set(test.values()) - {"."}
+    for path, label in (train | test).items():
+        if labeled and (label == "." or label not in classes):
+            raise UserError(f"--data {root}: {path} is in none of the class folders {top}/*")
+
+    def split(files: dict[str, str]) -> Split:
+        labels = torch.tensor([classes.index(x) for x in files.values()]) if labeled else None
+        return read_small(Split(np.array([os.fsencode(x) for x in files]), labels, device, workers))
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(config.workers, cores)
-    if "train" not in folders or list(numbers) == ["."] or set(test.values()) <= {"."}:
-        found += f", no kNN: that needs classes, {top}/CLASS/* and {test_top}/CLASS/*"
-        return Data(Split(paths[0], None, device, workers), None, 0, found)
-    for path, label in (train | test).items():
-        if label == "." or label not in numbers:
-            raise UserError(f"--data {root}: {path} is in none of the class folders {top}/*")
-    labels = [torch.tensor([numbers[x] for x in files.values()]) for files in (train, test)]
-    splits = [Split(paths[i], labels[i], device, workers) for i in (0, 1)]
-    return Data(*splits, len(numbers), f"{found}, {len(test)} to test on in {test_top}")
+    found = f"{len(train)} images to train on in {top}, "
+    if labeled:
+        return Data(split(train), split(test), f"{found}{len(test)} to test on in {test_top}")
+    return Data(split(train), None, f"{found}no kNN: that needs classes, {top}/CLASS/* and {test_top}/CLASS/*")
+
+
+MEMORY = 2**30  # bytes
 
 
 def read_small(split: Split) -> Split:
-    """Read a split of files into memory if its images have one size and take up to 1 GiB."""
+    """Read a split of files into memory if its images have one size and take up to MEMORY."""
     images: list[Tensor] = []
     for path in split.images:
         images.append(read_image(path))
-        if images[-1].shape != images[0].shape or len(split) * images[0].numel() > 2**30:
+        if images[-1].shape != images[0].shape or len(split) * images[0].numel() > MEMORY:
             return split
     labels = None if split.labels is None else split.labels.to(split.device)
     return Split(torch.stack(images).to(split.device), labels, split.device)
@@ -973,46 +961,44 @@ def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def extract_features(
-    encoder: nn.Module, split: Split, config: Config, autocast: Callable, head: bool = False
-) -> Tensor:
-    """Return a split's pooled features float32 (M,D), or embeddings with `head`, in eval mode."""
+def extract_features(encoder: nn.Module, split: Split, config: Config, autocast: Callable) -> Tensor:
+    """Return a split's pooled features float32 (M,D), or embeddings with --head, in eval mode."""
     augment = Augment(config.aug, config.eval_size or config.size)
     per_rank = -(-len(split) // world_size())
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(split) - 1))
     batches = ((0, batch) for batch in indices.split(512))
+    embed_batch = encoder if config.head else encoder.features
     was_training = encoder.training
     encoder.eval()
-    features = []
     with autocast():
-        for images, _ in load_batches(split, batches, augment.center_crop):
-            x = augment.normalize(images / 255)
-            features.append((encoder(x) if head else encoder.features(x)).float())
+        features = [
+            embed_batch(augment.normalize(images / 255)).float()
+            for images, _ in load_batches(split, batches, augment.center_crop)
+        ]
     encoder.train(was_training)
     return all_gather(torch.cat(features))[: len(split)]
 
 
-def accuracy(
-    encoder: nn.Module, data: Data, config: Config, autocast: Callable, head: bool = False, linear: bool = False
-) -> float:
+def accuracy(encoder: nn.Module, data: Data, config: Config, autocast: Callable, linear: bool = False) -> float:
     """Return the percentage of test images that kNN, or with `linear` a linear classifier, gets right."""
-    bank = extract_features(encoder, data.train, config, autocast, head)
-    features = extract_features(encoder, data.test, config, autocast, head)
+    bank = extract_features(encoder, data.train, config, autocast)
+    features = extract_features(encoder, data.test, config, autocast)
     bank_labels, labels = data.train.labels.to(bank.device), data.test.labels.to(bank.device)
+    classes = int(bank_labels.max()) + 1
     if linear:
         std, mean = torch.std_mean(bank, 0)  # of the training split, for both splits
         std = std.clamp(min=1e-6)
-        classifier = fit_linear((bank - mean) / std, bank_labels, data.classes)
+        classifier = fit_linear((bank - mean) / std, bank_labels, classes)
         predicted = classifier((features - mean) / std).argmax(1)
     else:
-        predicted = knn_predict(features, bank, bank_labels, data.classes, config.knn_k, config.knn_t)
+        predicted = knn_predict(features, bank, bank_labels, classes, config.knn_k, config.knn_t)
     return 100 * (predicted == labels).sum().item() / len(labels)
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
 
 
-def write_file(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
     """Write atomically: readers see the old file or the new one. Raises UserError if it fails."""
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -1040,8 +1026,8 @@ def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor] | None = 
         # of stride 0, a tensor claims more than the file holds, and an optimizer writes past its end
         if not isinstance(x, Tensor) or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(f"{name} is not a tensor that holds what it claims")
-        if expected is not None and (x.shape, x.dtype) != (expected[name].shape, expected[name].dtype):
-            right = expected[name]
+        right = expected[name] if expected else x
+        if (x.shape, x.dtype) != (right.shape, right.dtype):
             raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, not {right.dtype} {tuple(right.shape)}")
         if not x.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -1066,11 +1052,9 @@ def load_checkpoint(path: str) -> dict[str, Any]:
                 check_option(name, value)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # damaged bytes can cause any
-        cause = f"damaged, or without epoch, arch or state_dict ({type(error).__name__})"
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to execute the file
-            cause = "it holds more than tensors and plain values, or is damaged; nothing in it was run"
-        elif isinstance(error, ValueError):
+    except Exception as error:  # damaged bytes can cause any; torch's text advises to execute the file
+        cause = f"damaged, or not epoch, arch and state_dict in plain values ({type(error).__name__})"
+        if isinstance(error, ValueError):
             cause = str(error).split("\n")[0]
         raise UserError(f"{path}: not a checkpoint: {cause}") from error
     return checkpoint
@@ -1131,10 +1115,10 @@ def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autoca
 
 def build_model(config: Config, num_images: int) -> nn.Module:
     """Return the model of a configuration, with weights from its seed."""
+    dim, K, T = config.moco_dim, config.moco_k, config.moco_t
+    splits = config.bn_splits // world_size()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        dim, K, T = config.moco_dim, config.moco_k, config.moco_t
-        splits = config.bn_splits // world_size()
         encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
         if config.method == "end-to-end":
             return EndToEnd(encoder, T)
@@ -1148,12 +1132,13 @@ def build_model(config: Config, num_images: int) -> nn.Module:
 def newton_schulz(x: Tensor) -> Tensor:
     """Bring the singular values of x (m,n) near 1, unless they are near 0, in five iterations.
     Each maps a singular value s to 3.4445·s − 4.775·s³ + 2.0315·s⁵, Jordan's polynomial."""
-    wide = x if x.shape[0] <= x.shape[1] else x.mT
-    wide = wide / wide.norm().clamp(min=1e-12)
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(x.mT).mT
+    x = x / x.norm().clamp(min=1e-12)
     for _ in range(5):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
-    return wide if x.shape[0] <= x.shape[1] else wide.mT
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -1161,26 +1146,32 @@ class Muon(torch.optim.Optimizer):
     W ← ‖W‖·unit(W − lr·‖W‖·unit(O)), O = newton_schulz(gradient + momentum·buffer): the norm
     stays, since normalization cancels it. Vectors: SGD with Nesterov momentum."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
-        lr, momentum = group["lr"], group["momentum"]
         for weight in group["params"]:
-            if weight.grad is None:
-                continue
             buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-            buffer.mul_(momentum).add_(weight.grad)
-            update = weight.grad.add(buffer, alpha=momentum)
+            buffer.mul_(group["momentum"]).add_(weight.grad)
+            update = weight.grad.add(buffer, alpha=group["momentum"])
             if weight.dim() < 2:
-                weight.sub_(update, alpha=lr)
+                weight.sub_(update, alpha=group["lr"])
                 continue
             norm = weight.norm()
             update = newton_schulz(update.flatten(1)).view_as(weight)
-            weight.sub_(lr * norm / update.norm().clamp(min=1e-12) * update)
+            weight.sub_(group["lr"] * norm / update.norm().clamp(min=1e-12) * update)
             weight.mul_(norm / weight.norm().clamp(min=1e-12))
+
+
+def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer, with momentum that is zero and not, as torch's, absent before the first step."""
+    options = dict(lr=config.lr, momentum=0.9)
+    if config.optimizer == "muon":
+        optimizer = Muon(parameters, options)
+    else:
+        optimizer = torch.optim.SGD(parameters, weight_decay=config.wd, fused=True, **options)
+    for weight in optimizer.param_groups[0]["params"]:
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1189,8 +1180,7 @@ def learning_rate(config: Config, epoch: float) -> float:
     if warmup and epoch <= warmup:
         return config.lr * epoch / warmup
     if config.cos:
-        progress = (epoch - warmup) / (config.epochs - warmup)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
 
 
@@ -1218,6 +1208,13 @@ SAVE_SECONDS = 300.0  # between saves within an epoch
 AGREE_STEPS = 8  # between steps at which ranks compare flags, since each waits for all
 
 
+def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint that training changes, by name."""
+    state = checkpoint["optimizer"]["state"]
+    momentum = {f"momentum of parameter {i}": x["momentum_buffer"] for i, x in state.items()}
+    return checkpoint["state_dict"] | momentum | {"losses": checkpoint["losses"]}
+
+
 class Run:
     """Train as a configuration says, from the start or, with `resume`, from where `out` stopped.
     A checkpoint holds what a run accumulates; all else is a function of configuration and step.
@@ -1229,79 +1226,73 @@ class Run:
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or config.resume or rank() > 0, EXISTS)
-        checkpoint = self.own_checkpoint() if config.resume else None
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
         if config.batch_size > num_images:
             raise UserError(f"--batch-size {config.batch_size}: more than the {num_images} images")
-        model = build_model(config, num_images)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        for encoder in self.model.children() if config.compile else ():
-            encoder.compile()
-        sgd = partial(torch.optim.SGD, weight_decay=config.wd, fused=True)
-        make_optimizer = Muon if config.optimizer == "muon" else sgd
-        self.optimizer = make_optimizer(model.encoder_q.parameters(), lr=config.lr, momentum=0.9)
+        self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
+        if config.compile:
+            for encoder in self.model.children():
+                encoder.compile()
+        self.optimizer = build_optimizer(config, self.model.encoder_q.parameters())
         self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
         self.steps_per_epoch = num_images // config.batch_size
         self.steps = config.epochs * self.steps_per_epoch
-        self.losses = torch.zeros(self.steps_per_epoch, device=self.device)
-        self.loss, self.step, self.rows = None, 0, []
+        self.step, self.rows, self.loss = 0, [], None
+        self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
         self.began = time.perf_counter()  # of the epoch, as if never interrupted
-        if checkpoint:
-            self.restore(checkpoint)
+        if config.resume:
+            self.restore()
         self.saved_step, self.saved_at = None, time.monotonic()
         self.waiting = False  # for a batch: see `next_batch`
         self.ddp_model = DistributedDataParallel(self.model) if world_size() > 1 else self.model
         self.ddp_model.broadcast_buffers = False  # from now on, BatchNorm's statistics stay apart
 
-    def own_checkpoint(self) -> dict[str, Any]:
-        """Read the checkpoint to continue. Raises UserError if its options differ where they may not."""
-        checkpoint = load_checkpoint(self.config.out)
-        saved = checkpoint.get("config", {})
-        if saved.keys() != OPTIONS.keys():
-            raise UserError(f"--resume: {self.config.out} was not written by `train` of this moco.py")
-        for name, value in dataclasses.asdict(self.config).items():
-            old = saved[name]
+    def checkpoint(self) -> dict[str, Any]:
+        """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
+        return {
+            "epoch": self.step // self.steps_per_epoch, "step": self.step, "arch": self.config.arch,
+            "state_dict": {f"module.{name}": x for name, x in self.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(), "config": dataclasses.asdict(self.config),
+            "num_images": len(self.data.train), "losses": self.losses, "rows": self.rows,
+            "seconds": time.perf_counter() - self.began,
+        }  # fmt: skip
+
+    def restore(self) -> None:
+        """Return to where the run that wrote `out` stopped. Raises UserError if this is not the same run."""
+        checkpoint, own = load_checkpoint(self.config.out), self.checkpoint()
+        for name, value in own["config"].items():
+            old = checkpoint.get("config", {}).get(name, value)
             if (value != old and panel_of(name).endswith(FIXED)) or (name == "epochs" and value < old):
                 raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
-        return checkpoint
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
         try:
-            step, seconds, rows = (checkpoint[x] for x in ("step", "seconds", "rows"))
-            if [type(x) for x in (step, seconds, rows)] != [int, float, list]:
-                raise ValueError("its step, seconds or rows are of another type")
+            step, rows, seconds = (checkpoint[x] for x in ("step", "rows", "seconds"))
+            if type(step) is not int or not 0 <= step <= self.steps or not 0 <= seconds < 1e9:
+                raise ValueError("its step or seconds cannot be")
             epochs = [row["epoch"] for row in rows if tuple(row) == COLUMNS]
-            possible = 0 <= step <= self.steps and 0 <= seconds < math.inf
-            if not possible or epochs != list(range(1, 1 + step // self.steps_per_epoch)):
-                raise ValueError("its step, seconds or rows cannot be")
-            if checkpoint["num_images"] != len(self.data.train):
-                raise ValueError(f"{len(self.data.train)} images, not {checkpoint['num_images']}")
-            weights = checkpoint["state_dict"].items()
-            weights = {name.removeprefix("module."): x for name, x in weights}
-            parameters = dict(enumerate(self.model.encoder_q.parameters())) if step else {}
-            buffers = {i: x["momentum_buffer"] for i, x in checkpoint["optimizer"]["state"].items()}
-            tensors = weights | buffers | {"losses": checkpoint["losses"]}
-            check_tensors(tensors, self.model.state_dict() | parameters | {"losses": self.losses})
+            if epochs != list(range(1, 1 + step // self.steps_per_epoch)):
+                raise ValueError("its rows cannot be")
+            if checkpoint["num_images"] != own["num_images"]:
+                raise ValueError(f"{own['num_images']} images, not {checkpoint['num_images']}")
+            saved, tensors = tensors_of(checkpoint), tensors_of(own)
+            check_tensors(saved, tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"--resume: {self.config.out} does not fit: {error}") from error
+            raise UserError(f"--resume: {self.config.out} is not of this run ({error})") from error
+        for name, x in tensors.items():
+            x.copy_(saved[name])
         self.step, self.rows = step, rows
         self.began -= seconds
-        self.losses.copy_(checkpoint["losses"])
-        self.model.load_state_dict(weights)
-        for i, parameter in parameters.items():  # fused SGD relies on the parameter's own strides
-            buffer = torch.empty_like(parameter).copy_(buffers[i])
-            self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
     def train(self, stop: Callable[[], Any] = lambda: False) -> Rows:
         """Yield after every step: None, or the epoch's row; save now and then, and once `stop()`.
         Raises UserError for an image that cannot be read, a loss that is not finite, a full disk."""
-        self.write_csv("w" if self.config.resume or self.config.overwrite else "x")
+        if rank() == 0:
+            Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
+        self.save()
         every = self.config.save_every_steps or self.steps
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = load_batches(self.data.train, plan, self.split_two_views.two_crops)
-        with contextlib.closing(batches):
+        try:
             while batch := self.next_batch(batches, stop):
                 self.take_step(*batch)
                 row = self.end_epoch() if self.step % self.steps_per_epoch == 0 else None
@@ -1309,6 +1300,12 @@ class Run:
                 if row or late or self.step % every == 0:
                     self.save()
                 yield row
+        except UserError:  # an image that cannot be read costs no step
+            if world_size() == 1:  # several ranks are apart here
+                self.save()
+            raise
+        finally:
+            batches.close()
         if self.saved_step != self.step:
             self.save()
 
@@ -1342,9 +1339,7 @@ class Run:
     def end_epoch(self) -> dict[str, Any]:
         """Return the epoch's row, which `rows` gets, too, with kNN if it is due."""
         config, epoch = self.config, self.step // self.steps_per_epoch
-        ended = time.perf_counter()
-        seconds = ended - self.began
-        self.began = ended
+        seconds = time.perf_counter() - self.began
         speed = self.steps_per_epoch * config.batch_size / seconds
         loss, lr = self.losses.mean().item(), learning_rate(config, epoch - 1)
         row = dict(epoch=epoch, loss=loss, lr=lr, knn=None, images_per_s=speed, seconds=seconds)
@@ -1352,14 +1347,9 @@ class Run:
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test:
             self.average_statistics()
-            try:
-                row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
-            except UserError:  # a test image that cannot be read costs no epoch
-                if world_size() == 1:  # several ranks are apart here, and cannot save
-                    self.save()
-                raise
-            self.began = time.perf_counter()
-            row["seconds"] += self.began - ended
+            row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
+            row["seconds"] = time.perf_counter() - self.began
+        self.began = time.perf_counter()
         return row
 
     def agree(self, wish: Any) -> bool:
@@ -1377,41 +1367,19 @@ class Run:
     def save(self) -> None:
         """Write checkpoint and .csv, on rank 0. Raises UserError if a loss or a weight is not finite."""
         self.average_statistics()
-        weights = self.model.state_dict()
-        bad = (~self.losses.isfinite()).nonzero().flatten().tolist()
-        if bad or not all(x.isfinite().all() for x in weights.values()):
-            what, step = "a weight", self.step
-            if bad:
-                step = (self.step - 1) // self.steps_per_epoch * self.steps_per_epoch + bad[0]
-                what = f"the loss of step {step + 1}"
-            lr = learning_rate(self.config, step / self.steps_per_epoch)
-            advice = "use a lower --lr or --precision fp32, from the start or with --resume"
-            raise UserError(f"{what} is not finite, at learning rate {lr:.3g}; {advice}")
-        checkpoint = {
-            "epoch": self.step // self.steps_per_epoch, "step": self.step, "arch": self.config.arch,
-            "state_dict": {f"module.{name}": x for name, x in weights.items()},
-            "optimizer": self.optimizer.state_dict(), "config": dataclasses.asdict(self.config),
-            "num_images": len(self.data.train), "losses": self.losses, "rows": self.rows,
-            "seconds": time.perf_counter() - self.began,
-        }  # fmt: skip
+        checkpoint = self.checkpoint()
+        epoch = self.step / self.steps_per_epoch
+        for what, x in {"the loss": self.losses, **checkpoint["state_dict"]}.items():
+            if not x.isfinite().all():
+                lr = learning_rate(self.config, epoch)
+                advice = "use a lower --lr or --precision fp32, from the start or with --resume"
+                raise UserError(f"{what} is not finite in epoch {epoch:.2f}, at learning rate {lr:.3g}; {advice}")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
-        self.write_csv()
+            table = io.StringIO()
+            csv.DictWriter(table, COLUMNS).writerows([dict(zip(COLUMNS, COLUMNS)), *self.rows])
+            write_file(self.csv_path, lambda file: file.write(table.getvalue().encode()))
         self.saved_step, self.saved_at = self.step, time.monotonic()
-
-    def write_csv(self, mode: str = "w") -> None:
-        """Write the epochs' rows, on rank 0; in mode "x" only if there is no such file."""
-        if rank() > 0:
-            return
-        try:
-            with open(self.csv_path, mode, newline="") as file:
-                table = csv.DictWriter(file, COLUMNS)
-                table.writeheader()
-                table.writerows(self.rows)
-        except FileExistsError as error:
-            raise UserError(f"{self.csv_path}: exists already; {EXISTS}") from error
-        except OSError as error:
-            raise UserError(f"{self.csv_path}: not written ({error.strerror})") from error
 
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
@@ -1438,53 +1406,43 @@ def catch_signals(run: Run) -> Iterator[list[int]]:
 
 def show_progress(run: Run, rows: Rows) -> None:
     """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    epochs, shown = run.config.epochs, 0.0
-    text = "epoch {task.fields[epoch]}  loss {task.fields[loss]}  {task.fields[speed]} images/s  ETA"
-    bar = Progress(BarColumn(), TextColumn(text), TimeRemainingColumn())
+    epochs = run.config.epochs
+    bar = Progress()
     bar.disable = not bar.console.is_terminal
     with bar:
-        task = bar.add_task("", total=run.steps, epoch="…", loss="…", speed="…")
+        task = bar.add_task("", total=run.steps)
         for row in rows:
-            if not bar.disable and (row or time.monotonic() - shown > 0.5):
-                speed = f"{(bar.tasks[task].speed or 0) * run.config.batch_size:.0f}"
-                epoch = 1 + (run.step - 1) // run.steps_per_epoch
-                bar.update(task, completed=run.step, epoch=epoch, loss=f"{run.loss:.3f}", speed=speed)
-                shown = time.monotonic()  # not at every step: reading the loss waits for the device
+            if row or run.step % 10 == 1:  # not at every step: reading the loss waits for the device
+                bar.update(task, completed=run.step, description=f"loss {run.loss:.3f}")
             if row:
-                left = datetime.timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
-                line = "epoch {epoch}/{0}  loss {loss:.4f}  lr {lr:.4g}  {images_per_s:.0f} images/s  ETA {1}"
+                left = row["seconds"] * (epochs - row["epoch"]) / 60
+                line = "epoch {epoch}/{0}  loss {loss:.4f}  lr {lr:.4g}  {images_per_s:.0f} images/s  ETA {1:.0f} min"
                 line = line.format(epochs, left, **row)
                 line += "" if row["knn"] is None else f"  kNN {row['knn']:.2f} %"
-                bar.console.print(line, highlight=False, soft_wrap=True)
+                bar.console.out(dumps(row) if run.config.json else line, highlight=False)
 
 
 def log_tensorboard(rows: Rows, folder: str) -> Rows:
-    """Write each epoch's row to TensorBoard's files, too. Raises UserError if it cannot."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+    """Write each epoch's row to TensorBoard's files, too. Raises ImportError without that package."""
+    from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(folder)
-    except (ImportError, OSError) as error:
-        raise UserError(f"--tensorboard {folder}: {error}; try `pip install tensorboard`") from error
-    with writer:
+    with SummaryWriter(folder) as writer:
         for row in rows:
-            for name in COLUMNS[1:] if row else ():
-                if row[name] is not None:
+            for name in COLUMNS[1:]:
+                if row and row[name] is not None:
                     writer.add_scalar(name, row[name], row["epoch"])
             yield row
 
 
-def mosaic(images: Tensor, colors: Tensor | None = None) -> Tensor:
-    """Lay out images (R,C,3,S,S) in [0,1] in R rows, enlarged to at least 96 pixels: (3,H,W).
-    A row's first image has a black frame, the others frames of their colors (R,C−1,3), if any."""
-    scale, background = -(-96 // images.shape[-1]), 0.85
+def mosaic(images: Tensor, colors: Tensor) -> Tensor:
+    """Lay out images (R,C,3,S,S) in [0,1] in R rows, framed in colors (R,C,3): a picture (3,H,W)."""
+    scale = -(-96 // images.shape[-1])  # show each with at least 96 pixels
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    frames = F.pad(images, (4, 4, 4, 4))
-    frames[:, 1:] = background if colors is None else colors[..., None, None]
+    frames = F.pad(torch.zeros_like(images), (4, 4, 4, 4)) + colors[..., None, None]
     frames[..., 4:-4, 4:-4] = images
-    return torchvision.utils.make_grid(frames.flatten(0, 1), images.shape[1], padding=4, pad_value=background)
+    return torchvision.utils.make_grid(frames.flatten(0, 1), images.shape[1], padding=4, pad_value=1)
 
 
 def draw_views(data: Data, config: Config) -> Tensor:
@@ -1493,11 +1451,12 @@ def draw_views(data: Data, config: Config) -> Tensor:
     augment = split_two_views.augment
     chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:8]
     columns = [x / 255 for x, _ in load_batches(data.train, [(0, chosen)], augment.center_crop)]
-    plan = [(epoch, chosen) for epoch in range(4)]
+    plan = [(step, chosen) for step in range(4)]
     for step, (images, _) in enumerate(load_batches(data.train, plan, split_two_views.two_crops)):
         views = split_two_views(images, rng("step", config.seed, step))
         columns += [view * augment.std + augment.mean for view in views]
-    return mosaic(torch.stack(columns, 1))
+    images = torch.stack(columns, 1)
+    return mosaic(images, torch.zeros(images.shape[:3]))
 
 
 def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Callable) -> Tensor:
@@ -1510,52 +1469,41 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
     similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
     if data.test is None:
         similarity[torch.arange(len(chosen)), chosen] = -math.inf  # an image is not its own neighbor
-    others = len(bank) - (data.test is None)
-    neighbors = similarity.topk(min(10, others)).indices.cpu()
+    neighbors = similarity.topk(min(10, len(bank) - (data.test is None))).indices.cpu()
     crop = Augment(config.aug, config.eval_size or config.size).center_crop
     plan = [(0, column) for column in neighbors.T]
     images = [*load_batches(queries, [(0, chosen)], crop), *load_batches(data.train, plan, crop)]
-    colors = None
+    images = torch.stack([x for x, _ in images], 1).cpu() / 255
+    colors = torch.zeros(images.shape[:3])
     if data.test:
         right = data.train.labels.cpu()[neighbors] == data.test.labels.cpu()[chosen, None]
         green, red = torch.tensor([0.2, 0.7, 0.3]), torch.tensor([0.9, 0.2, 0.2])
-        colors = torch.where(right[..., None], green, red)
-    return mosaic(torch.stack([x for x, _ in images], 1).cpu() / 255, colors)
+        colors[:, 1:] = torch.where(right[..., None], green, red)
+    return mosaic(images, colors)
 
 
-def load_for_evaluation(
-    path: str, head: bool, options: dict[str, Any]
-) -> tuple[nn.Module, Data, Config, Callable, int]:
+def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:
     """Return a checkpoint's encoder, data, configuration with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
-    encoder = load_encoder(checkpoint, path, head)
-    preset = "v2" if encoder.conv1.stride == (2, 2) else "cifar10"  # official ones have no config
-    saved = checkpoint.get("config", PRESETS[preset])
+    saved = checkpoint.get("config", PRESETS["v2"])  # official ones have no config
     saved = {x: saved[x] for x in COMMANDS[knn] if x in saved and panel_of(x) != HARDWARE}
     if "size" in options:
         saved["eval_size"] = 0  # what is given wins over what was saved
     config = Config(**(saved | options))
     device, autocast = pick_device(config)
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(checkpoint, path, config.head).to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
 
-def evaluate(path: str, head: bool, linear: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's accuracy, `top1` in percent, with the settings of its measurement."""
-    encoder, data, config, autocast, epoch = load_for_evaluation(path, head, options)
+def evaluate(command: Callable, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's accuracy, `top1` in percent, by kNN or linear, and the settings that made it."""
+    encoder, data, config, autocast, epoch = load_for_evaluation(path, options)
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.found}")
-    top1 = accuracy(encoder, data, config, autocast, head, linear)
-    result = dict(top1=top1, features="head" if head else "backbone", checkpoint=path, epoch=epoch)
-    result |= dict(data=config.data, bank=len(data.train), queries=len(data.test))
-    result |= dict(size=config.eval_size or config.size, device=next(encoder.parameters()).device.type)
-    return result if linear else result | dict(k=min(config.knn_k, len(data.train)), T=config.knn_t)
-
-
-CHECKPOINT = Annotated[str, "file that train wrote, or an official one"]
-OUT = Annotated[str, "file to write"]
-HEAD = Annotated[bool, "use the output of the head, not the pooled features"]
-JSON = Annotated[bool, "print one JSON object"]
+    top1 = accuracy(encoder, data, config, autocast, command is linear)
+    settings = {name: getattr(config, name) for name in COMMANDS[command] if name in OPTIONS}
+    settings |= dict(device=next(encoder.parameters()).device.type, bank=len(data.train), queries=len(data.test))
+    return dict(top1=top1, checkpoint=path, epoch=epoch, **settings)
 
 
 def train(**options: Any) -> None:
@@ -1586,57 +1534,57 @@ def train(**options: Any) -> None:
     print(f"{config.out} is complete; next: {program} {command.format(shlex.quote(config.out))}")
 
 
-def knn(checkpoint: CHECKPOINT, head: HEAD = False, json: JSON = False, **options: Any) -> None:
+def knn(checkpoint: str, **options: Any) -> None:
     """Measure the accuracy of weighted kNN on a checkpoint's features."""
-    result = evaluate(checkpoint, head, False, options)
-    print(dumps(result) if json else "kNN top-1 {top1:.2f} % (k {k}, T {T}, {features})".format(**result))
+    result = evaluate(knn, checkpoint, options)
+    print(dumps(result) if result["json"] else "kNN top-1 {top1:.2f} % (k {knn_k}, T {knn_t})".format(**result))
 
 
-def linear(checkpoint: CHECKPOINT, head: HEAD = False, json: JSON = False, **options: Any) -> None:
+def linear(checkpoint: str, **options: Any) -> None:
     """Measure the accuracy of a linear classifier on a checkpoint's features."""
-    result = evaluate(checkpoint, head, True, options)
-    print(dumps(result) if json else "linear top-1 {top1:.2f} % ({features})".format(**result))
+    result = evaluate(linear, checkpoint, options)
+    print(dumps(result) if result["json"] else "linear top-1 {top1:.2f} %".format(**result))
 
 
-def export(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
+def export(checkpoint: str, output: str, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
-    check_out(out, options.get("overwrite", False))
-    backbone = load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict()
-    write_file(out, partial(torch.save, backbone))
-    print(f"wrote {out}")
+    check_out(output, options.get("overwrite", False))
+    save_checkpoint(output, load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict())
+    print(f"wrote {output}")
 
 
-def views(out: OUT, **options: Any) -> None:
+def views(output: str, **options: Any) -> None:
     """Draw images and the views that training makes of them, as a PNG."""
-    check_out(out, options.get("overwrite", False))
+    check_out(output, options.get("overwrite", False))
     config = Config.from_preset(**options, workers=0)
-    picture = draw_views(load_data(config, torch.device("cpu"), stream=True), config)
-    write_file(out, partial(torchvision.utils.save_image, picture, format="png"))
-    print(f"wrote {out}")
+    picture = draw_views(load_data(config, torch.device("cpu")), config)
+    write_file(output, partial(torchvision.utils.save_image, picture, format="png"))
+    print(f"wrote {output}")
 
 
-def neighbors(checkpoint: CHECKPOINT, out: OUT, **options: Any) -> None:
+def neighbors(checkpoint: str, output: str, **options: Any) -> None:
     """Draw test images and their nearest training images in a checkpoint's features, as a PNG."""
-    check_out(out, options.get("overwrite", False))
-    encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, False, options)
+    check_out(output, options.get("overwrite", False))
+    encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     picture = draw_neighbors(encoder, data, config, autocast)
-    write_file(out, partial(torchvision.utils.save_image, picture, format="png"))
-    print(f"wrote {out}")
+    write_file(output, partial(torchvision.utils.save_image, picture, format="png"))
+    print(f"wrote {output}")
 
 
+ARGUMENTS = {"checkpoint": "file that train wrote, or an official one", "output": "file to write"}
 EVALUATION = ("data", "root", "size", "eval_size", "workers", "aug", "device", "precision")
-COMMANDS: dict[Callable, tuple[str, ...]] = {  # each with the options of Config that it takes
+COMMANDS: dict[Callable, tuple[str, ...]] = {  # each with its arguments and options
     train: tuple(OPTIONS),
-    knn: (*EVALUATION, "knn_k", "knn_t"),
-    linear: EVALUATION,
-    export: ("overwrite",),
-    views: ("preset", "data", "root", "size", "aug", "seed", "overwrite"),
-    neighbors: (*EVALUATION, "seed", "overwrite"),
+    knn: ("checkpoint", "json", *EVALUATION, "head", "knn_k", "knn_t"),
+    linear: ("checkpoint", "json", *EVALUATION, "head"),
+    export: ("checkpoint", "output", "overwrite"),
+    views: ("output", "preset", "data", "root", "size", "aug", "seed", "overwrite"),
+    neighbors: ("checkpoint", "output", *EVALUATION, "head", "seed", "overwrite"),
 }
 
 
 def command_line() -> Any:
-    """Return the Typer application: commands with their own parameters and those of Config."""
+    """Return the Typer application, made of COMMANDS."""
     import typer
 
     app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
@@ -1647,13 +1595,10 @@ def command_line() -> Any:
             print(f"moco.py {__version__}")
             raise typer.Exit
 
-    def own(parameter: inspect.Parameter) -> inspect.Parameter:
-        kind, text = get_args(parameter.annotation)
-        is_argument = parameter.default is parameter.empty
-        make = typer.Argument if is_argument else partial(typer.Option, flag(parameter.name))
-        return parameter.replace(annotation=Annotated[kind, make(help=text)])
-
-    def option(name: str) -> inspect.Parameter:  # None unless given, since presets differ
+    def parameter(name: str) -> inspect.Parameter:
+        if name in ARGUMENTS:
+            hint = Annotated[str, typer.Argument(help=ARGUMENTS[name])]
+            return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint)
         kind, text, *rest = get_args(OPTIONS[name])
         default = str(getattr(Config, name)).strip("()").replace(",", "")
         extra = dict(rich_help_panel=panel_of(name), show_default=default or False)
@@ -1665,17 +1610,14 @@ def command_line() -> Any:
         hint = Annotated[(list[int] if kind is tuple else kind) | None, typer.Option(help=text, **extra)]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint)
 
-    def add(command: Callable, names: tuple[str, ...]) -> None:
-        def call(**arguments: Any) -> None:
-            given = {name: x for name, x in arguments.items() if x not in (None, [])}
+    for command, names in COMMANDS.items():
+
+        def call(command: Callable = command, **arguments: Any) -> None:
+            given = {name: x for name, x in arguments.items() if x not in (None, [])}  # presets differ
             command(**{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()})
 
-        parameters = [*inspect.signature(command).parameters.values()][:-1]
-        call.__signature__ = inspect.Signature([*map(own, parameters), *map(option, names)])
+        call.__signature__ = inspect.Signature(map(parameter, names))
         app.command(command.__name__, help=command.__doc__)(call)
-
-    for command, names in COMMANDS.items():
-        add(command, names)
     return app
 
 
@@ -1685,17 +1627,18 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
     first = text.split("\n")[0]
     if isinstance(error, UserError):
         return text
+    if isinstance(error, ImportError):
+        return f"{text}; try `pip install {error.name}`"
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(x) for x in (error.filename, error.strerror) if x)
     amount = re.search(r"ried to allocate ([\d.]+ \w+)", text)
     if isinstance(error, MemoryError) or amount:
         asked = f" for the {amount[1]} that were asked for" if amount else ""
         options = next((x for command, x in COMMANDS.items() if command.__name__ in arguments), ())
-        names = [x for x in ("size", "batch_size", "width", "moco_k", "workers") if x in options]
-        advice = f"; give a smaller {' or '.join(map(flag, names))}" if names else ""
-        return f"too little memory{asked}{advice}"
-    if "DataLoader" in text:
-        return f"a process that reads images died or hangs ({first}); try --workers 0"
+        names = [flag(x) for x in ("size", "batch_size", "width", "moco_k", "workers") if x in options]
+        return f"too little memory{asked}; give a smaller {' or '.join(names)}"
+    if re.search("DataLoader|shared memory|/torch_", text):
+        return f"a process that reads images died, hangs or lacks shared memory ({first}); try --workers 0"
     if world_size() > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
         return f"rank {rank()} lost another process ({first}); continue with --resume"
     return None
@@ -1713,13 +1656,13 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # print \u03b8 where θ cannot be
     try:
         command_line()(args=arguments)
-    except (UserError, MemoryError, OSError, RuntimeError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
         if (line := explain(error, arguments)) is None:
             raise
         print(f"moco: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if world_size() > 1:
             dist.destroy_process_group()
 
 
