@@ -1267,7 +1267,7 @@ class Run:
                 raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
         try:
             step, rows, seconds = (checkpoint[x] for x in ("step", "rows", "seconds"))
-            if type(step) is not int or not 0 <= step <= self.steps or not 0 <= seconds < 1e9:
+            if not 0 <= step <= self.steps or not 0 <= seconds < 1e9:
                 raise ValueError("its step or seconds cannot be")
             epochs = [row["epoch"] for row in rows if tuple(row) == COLUMNS]
             if epochs != list(range(1, 1 + step // self.steps_per_epoch)):
