@@ -856,7 +856,7 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def find_images(top: str) -> dict[str, str]:
-    """Return the images below a folder, sorted, each with its subfolder of `top`; nothing hidden."""
+    """Return the images below a folder, sorted, each with its subfolder of `top`; none hidden."""
     visited, found = set(), {}
     for folder, subfolders, files in os.walk(top, followlinks=True):
         if os.path.realpath(folder) in visited:  # links can form loops
@@ -930,7 +930,7 @@ TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves per unit; positive whe
 
 
 def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
-    """Draw n images uint8 (n,3,32,32) and labels (n,): two forms in five textures, by a seed per split."""
+    """Draw n images uint8 (n,3,32,32) and labels (n,): two forms in five textures, seeded by the split."""
     generator = rng("shapes", split)
     images = torch.empty(n, 3, 32, 32, dtype=torch.uint8)
     axis = (torch.arange(32) + 0.5) / 16 - 1
@@ -980,7 +980,7 @@ def extract_features(encoder: nn.Module, split: Split, config: Config, autocast:
 
 
 def accuracy(encoder: nn.Module, data: Data, config: Config, autocast: Callable, linear: bool = False) -> float:
-    """Return the percentage of test images that kNN, or with `linear` a linear classifier, gets right."""
+    """Return the percentage of test images that kNN (or a linear classifier) gets right."""
     bank = extract_features(encoder, data.train, config, autocast)
     features = extract_features(encoder, data.test, config, autocast)
     bank_labels, labels = data.train.labels.to(bank.device), data.test.labels.to(bank.device)
@@ -1019,11 +1019,11 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 
 
 def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor] | None = None) -> None:
-    """Raise ValueError unless tensors are finite, real data, of the names, shapes, dtypes expected."""
+    """Raise ValueError unless tensors are finite and of the names, shapes and dtypes expected."""
     if expected is not None and tensors.keys() != expected.keys():
         raise ValueError(f"missing or unexpected: {min(map(str, tensors.keys() ^ expected.keys()))}")
     for name, x in tensors.items():
-        # of stride 0, a tensor claims more than the file holds, and an optimizer writes past its end
+        # of stride 0, a tensor claims more than it holds, and an optimizer writes past its end
         if not isinstance(x, Tensor) or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(f"{name} is not a tensor that holds what it claims")
         right = expected[name] if expected else x
@@ -1052,7 +1052,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
                 check_option(name, value)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # damaged bytes can cause any; torch's text advises to execute the file
+    except Exception as error:  # damaged bytes cause any; torch's text advises to execute the file
         cause = f"damaged, or not epoch, arch and state_dict in plain values ({type(error).__name__})"
         if isinstance(error, ValueError):
             cause = str(error).split("\n")[0]
@@ -1104,7 +1104,7 @@ def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autoca
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
-            libc = ctypes.CDLL(None)  # let it keep freed memory: fetching it again costs a sixth of a step
+            libc = ctypes.CDLL(None)  # let it keep freed memory: to get it again costs 1/6 of a step
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -1163,7 +1163,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer, with momentum that is zero and not, as torch's, absent before the first step."""
+    """Return the optimizer, whose momentum is zero, not absent, before the first step."""
     options = dict(lr=config.lr, momentum=0.9)
     if config.optimizer == "muon":
         optimizer = Muon(parameters, options)
@@ -1175,7 +1175,7 @@ def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch
 
 
 def learning_rate(config: Config, epoch: float) -> float:
-    """Return the rate after `epoch` epochs: linear warmup, then cosine decay or ×0.1 at each of --schedule."""
+    """Return the rate after `epoch` epochs: warmup, then cosine decay or ×0.1 at each of --schedule."""
     warmup = config.warmup_epochs
     if warmup and epoch <= warmup:
         return config.lr * epoch / warmup
@@ -1218,7 +1218,7 @@ def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 class Run:
     """Train as a configuration says, from the start or, with `resume`, from where `out` stopped.
     A checkpoint holds what a run accumulates; all else is a function of configuration and step.
-    Raises UserError, before anything is written, for options, files, data and device that do not fit."""
+    Raises UserError, before anything is written, for what does not fit or is not there."""
 
     def __init__(self, config: Config) -> None:
         self.device, self.autocast = pick_device(config)
@@ -1259,7 +1259,7 @@ class Run:
         }  # fmt: skip
 
     def restore(self) -> None:
-        """Return to where the run that wrote `out` stopped. Raises UserError if this is not the same run."""
+        """Return to where the run that wrote `out` stopped. Raises UserError if it is another run."""
         checkpoint, own = load_checkpoint(self.config.out), self.checkpoint()
         for name, value in own["config"].items():
             old = checkpoint.get("config", {}).get(name, value)
@@ -1285,7 +1285,7 @@ class Run:
 
     def train(self, stop: Callable[[], Any] = lambda: False) -> Rows:
         """Yield after every step: None, or the epoch's row; save now and then, and once `stop()`.
-        Raises UserError for an image that cannot be read, a loss that is not finite, a full disk."""
+        Raises UserError for an unreadable image, a loss that is not finite, a full disk."""
         if rank() == 0:
             Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
         self.save()
@@ -1311,7 +1311,7 @@ class Run:
 
     def next_batch(self, batches: Iterator, stop: Callable[[], Any]) -> tuple[Tensor, Tensor] | None:
         """Return images and indices of the next step; None at the end, and once `stop()`.
-        While `waiting`, nothing is half done, and a signal may end the wait: see `catch_signals`."""
+        While `waiting`, nothing is half done; a signal may end the wait: see `catch_signals`."""
         self.waiting = world_size() == 1
         try:
             return None if self.agree(stop()) else next(batches, None)
@@ -1365,7 +1365,7 @@ class Run:
                 statistic.copy_(all_gather(statistic[None]).mean(0))
 
     def save(self) -> None:
-        """Write checkpoint and .csv, on rank 0. Raises UserError if a loss or a weight is not finite."""
+        """Write checkpoint and .csv, on rank 0. Raises UserError if a number is not finite."""
         self.average_statistics()
         checkpoint = self.checkpoint()
         epoch = self.step / self.steps_per_epoch
@@ -1414,7 +1414,7 @@ def show_progress(run: Run, rows: Rows) -> None:
     with bar:
         task = bar.add_task("", total=run.steps)
         for row in rows:
-            if row or run.step % 10 == 1:  # not at every step: reading the loss waits for the device
+            if row or run.step % 10 == 1:  # not always: reading the loss waits for the device
                 bar.update(task, completed=run.step, description=f"loss {run.loss:.3f}")
             if row:
                 left = row["seconds"] * (epochs - row["epoch"]) / 60
@@ -1425,7 +1425,7 @@ def show_progress(run: Run, rows: Rows) -> None:
 
 
 def log_tensorboard(rows: Rows, folder: str) -> Rows:
-    """Write each epoch's row to TensorBoard's files, too. Raises ImportError without that package."""
+    """Write each epoch's row to TensorBoard, too. Raises ImportError without that package."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as writer:
@@ -1437,7 +1437,7 @@ def log_tensorboard(rows: Rows, folder: str) -> Rows:
 
 
 def mosaic(images: Tensor, colors: Tensor) -> Tensor:
-    """Lay out images (R,C,3,S,S) in [0,1] in R rows, framed in colors (R,C,3): a picture (3,H,W)."""
+    """Lay out images (R,C,3,S,S) in [0,1] in R rows, framed in colors (R,C,3): (3,H,W)."""
     scale = -(-96 // images.shape[-1])  # show each with at least 96 pixels
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     frames = F.pad(torch.zeros_like(images), (4, 4, 4, 4)) + colors[..., None, None]
@@ -1468,7 +1468,7 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
     similarity = F.normalize(features[chosen], dim=1) @ F.normalize(bank, dim=1).T
     if data.test is None:
-        similarity[torch.arange(len(chosen)), chosen] = -math.inf  # an image is not its own neighbor
+        similarity[torch.arange(len(chosen)), chosen] = -math.inf  # not its own neighbor
     neighbors = similarity.topk(min(10, len(bank) - (data.test is None))).indices.cpu()
     crop = Augment(config.aug, config.eval_size or config.size).center_crop
     plan = [(0, column) for column in neighbors.T]
@@ -1483,7 +1483,7 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
 
 
 def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:
-    """Return a checkpoint's encoder, data, configuration with the options given, autocast and epoch."""
+    """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     saved = checkpoint.get("config", PRESETS["v2"])  # official ones have no config
     saved = {x: saved[x] for x in COMMANDS[knn] if x in saved and panel_of(x) != HARDWARE}
@@ -1496,7 +1496,7 @@ def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, 
 
 
 def evaluate(command: Callable, path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's accuracy, `top1` in percent, by kNN or linear, and the settings that made it."""
+    """Return a checkpoint's accuracy, `top1` in percent, and the settings that made it."""
     encoder, data, config, autocast, epoch = load_for_evaluation(path, options)
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.found}")
