@@ -1962,11 +1962,11 @@ class TestRun:
         close(dict(saved(tmp_path)["state_dict"]), weights, atol=1e-8)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-    def test_the_optimizer_steps_in_the_precision_of_the_run(self, few, tmp_path, precision):
-        run, seen = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), precision=precision)), []
+    def test_muon_steps_in_the_precision_of_the_run(self, few, tmp_path, precision):
+        run, seen = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), precision=precision, optimizer="muon")), []
         run.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
         next(run.train())
-        assert seen == [precision == "bf16"]
+        assert seen == [precision == "bf16"] and type(run.optimizer) is moco.Muon
 
     def test_compile_compiles_both_encoders(self, few, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda f, **_: calls.append(f) or f)
