@@ -846,8 +846,9 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
     try:
         split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
     except (OSError, RuntimeError) as error:
-        if is_new and os.path.isdir(config.root):
-            os.rmdir(config.root)
+        with contextlib.suppress(OSError):  # there may be half a download, or no folder
+            if is_new:
+                os.rmdir(config.root)
         why = f"not in --root {config.root}, and the download failed ({str(error).splitlines()[0]})"
         raise UserError(f"--data {config.data}: {why}; give --data shapes, or a folder of images") from error
     if rank() == 0 and world_size() > 1:
@@ -859,14 +860,16 @@ def find_images(top: str) -> dict[str, str]:
     """Return the images below a folder, sorted, each with its subfolder of `top`; none hidden."""
     visited, found = set(), {}
     for folder, subfolders, files in os.walk(top, followlinks=True):
-        if os.path.realpath(folder) in visited:  # links can form loops
+        place = os.path.realpath(folder)
+        if place in visited:  # links can form loops
             subfolders.clear()
             continue
-        visited.add(os.path.realpath(folder))
+        visited.add(place)
+        label = os.path.relpath(folder, top).split(os.sep)[0]
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         for name in files:
             if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS):
-                found[os.path.join(folder, name)] = os.path.relpath(folder, top).split(os.sep)[0]
+                found[os.path.join(folder, name)] = label
     return dict(sorted(found.items()))
 
 
@@ -877,21 +880,21 @@ def load_folder(config: Config, device: torch.device) -> Data:
     if not os.path.isdir(root):
         raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
     folders = {path.name.lower(): str(path) for path in sorted(Path(root).iterdir()) if path.is_dir()}
-    top, test_top = folders.get("train", root), "val"
+    top, test_top = folders.get("train", root), os.path.join(root, "val")
     train, test = find_images(top), {}
     if not train:
         raise UserError(f"--data {root}: no images in {top}; looked for {' '.join(IMG_EXTENSIONS)}")
     for name in ("test", "validation", "valid", "val"):  # the last one found counts
         if "train" in folders and name in folders and (images := find_images(folders[name])):
             test, test_top = images, folders[name]
-    classes = sorted(set(train.values()))
-    labeled = "train" in folders and classes != ["."] and set(test.values()) - {"."}
+    classes = {label: i for i, label in enumerate(sorted(set(train.values())))}
+    labeled = "train" in folders and set(train.values()) - {"."} and set(test.values()) - {"."}
     for path, label in (train | test).items():
         if labeled and (label == "." or label not in classes):
             raise UserError(f"--data {root}: {path} is in none of the class folders {top}/*")
 
     def split(files: dict[str, str]) -> Split:
-        labels = torch.tensor([classes.index(x) for x in files.values()]) if labeled else None
+        labels = torch.tensor([classes[x] for x in files.values()]) if labeled else None
         return read_small(Split(np.array([os.fsencode(x) for x in files]), labels, device, workers))
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -899,7 +902,9 @@ def load_folder(config: Config, device: torch.device) -> Data:
     found = f"{len(train)} images to train on in {top}, "
     if labeled:
         return Data(split(train), split(test), f"{found}{len(test)} to test on in {test_top}")
-    return Data(split(train), None, f"{found}no kNN: that needs classes, {top}/CLASS/* and {test_top}/CLASS/*")
+    train_top = folders.get("train", os.path.join(root, "train"))
+    found += f"no kNN: that needs classes, {train_top}/CLASS/* and {test_top}/CLASS/*"
+    return Data(split(train), None, found)
 
 
 MEMORY = 2**30  # bytes
@@ -1040,7 +1045,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         if zipfile.is_zipfile(path):  # torch compares no checksums, and inflates or skips records
             archive = zipfile.ZipFile(path)
             odd = [x.filename for x in archive.infolist() if x.external_attr & 16 or x.compress_type]
-            if damaged := odd or archive.testzip():
+            if damaged := odd[:1] or archive.testzip():
                 raise ValueError(f"the file is damaged at {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["epoch"] = int(checkpoint["epoch"])
@@ -1226,6 +1231,7 @@ class Run:
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or config.resume or rank() > 0, EXISTS)
+        checkpoint = self.load() if config.resume else {}
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
         if config.batch_size > num_images:
@@ -1242,7 +1248,7 @@ class Run:
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
         self.began = time.perf_counter()  # of the epoch, as if never interrupted
         if config.resume:
-            self.restore()
+            self.restore(checkpoint)
         self.saved_step, self.saved_at = None, time.monotonic()
         self.waiting = False  # for a batch: see `next_batch`
         self.ddp_model = DistributedDataParallel(self.model) if world_size() > 1 else self.model
@@ -1258,13 +1264,18 @@ class Run:
             "seconds": time.perf_counter() - self.began,
         }  # fmt: skip
 
-    def restore(self) -> None:
-        """Return to where the run that wrote `out` stopped. Raises UserError if it is another run."""
-        checkpoint, own = load_checkpoint(self.config.out), self.checkpoint()
-        for name, value in own["config"].items():
+    def load(self) -> dict[str, Any]:
+        """Read the checkpoint to continue. Raises UserError if its options differ where they may not."""
+        checkpoint = load_checkpoint(self.config.out)
+        for name, value in dataclasses.asdict(self.config).items():
             old = checkpoint.get("config", {}).get(name, value)
             if (value != old and panel_of(name).endswith(FIXED)) or (name == "epochs" and value < old):
                 raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
+        return checkpoint
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
+        own = self.checkpoint()
         try:
             step, rows, seconds = (checkpoint[x] for x in ("step", "rows", "seconds"))
             if not 0 <= step <= self.steps or not 0 <= seconds < 1e9:
@@ -1286,8 +1297,11 @@ class Run:
     def train(self, stop: Callable[[], Any] = lambda: False) -> Rows:
         """Yield after every step: None, or the epoch's row; save now and then, and once `stop()`.
         Raises UserError for an unreadable image, a loss that is not finite, a full disk."""
-        if rank() == 0:
-            Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
+        try:
+            if rank() == 0:
+                Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
+        except FileExistsError as error:  # another run began after this one was checked
+            raise UserError(f"{self.csv_path}: exists already; {EXISTS}") from error
         self.save()
         every = self.config.save_every_steps or self.steps
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
@@ -1425,9 +1439,11 @@ def show_progress(run: Run, rows: Rows) -> None:
 
 
 def log_tensorboard(rows: Rows, folder: str) -> Rows:
-    """Write each epoch's row to TensorBoard, too. Raises ImportError without that package."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """Write each epoch's row to TensorBoard, too. Raises UserError without that package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard {folder}: {error}; try `pip install tensorboard`") from error
     with SummaryWriter(folder) as writer:
         for row in rows:
             for name in COLUMNS[1:]:
@@ -1440,7 +1456,8 @@ def mosaic(images: Tensor, colors: Tensor) -> Tensor:
     """Lay out images (R,C,3,S,S) in [0,1] in R rows, framed in colors (R,C,3): (3,H,W)."""
     scale = -(-96 // images.shape[-1])  # show each with at least 96 pixels
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    frames = F.pad(torch.zeros_like(images), (4, 4, 4, 4)) + colors[..., None, None]
+    side = images.shape[-1] + 8
+    frames = colors[..., None, None].repeat(1, 1, 1, side, side)
     frames[..., 4:-4, 4:-4] = images
     return torchvision.utils.make_grid(frames.flatten(0, 1), images.shape[1], padding=4, pad_value=1)
 
@@ -1485,13 +1502,16 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
 def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
-    saved = checkpoint.get("config", PRESETS["v2"])  # official ones have no config
+    head = (checkpoint.get("config", {}) | options).get("head", False)
+    encoder = load_encoder(checkpoint, path, head)
+    preset = "v2" if encoder.conv1.stride == (2, 2) else "cifar10"  # official ones have no config
+    saved = checkpoint.get("config", PRESETS[preset])
     saved = {x: saved[x] for x in COMMANDS[knn] if x in saved and panel_of(x) != HARDWARE}
     if "size" in options:
         saved["eval_size"] = 0  # what is given wins over what was saved
     config = Config(**(saved | options))
     device, autocast = pick_device(config)
-    encoder = load_encoder(checkpoint, path, config.head).to(device, memory_format=torch.channels_last)
+    encoder.to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
 
@@ -1627,8 +1647,6 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
     first = text.split("\n")[0]
     if isinstance(error, UserError):
         return text
-    if isinstance(error, ImportError):
-        return f"{text}; try `pip install {error.name}`"
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(x) for x in (error.filename, error.strerror) if x)
     amount = re.search(r"ried to allocate ([\d.]+ \w+)", text)
@@ -1636,7 +1654,8 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
         asked = f" for the {amount[1]} that were asked for" if amount else ""
         options = next((x for command, x in COMMANDS.items() if command.__name__ in arguments), ())
         names = [flag(x) for x in ("size", "batch_size", "width", "moco_k", "workers") if x in options]
-        return f"too little memory{asked}; give a smaller {' or '.join(names)}"
+        advice = f"; give a smaller {' or '.join(names)}" if names else ""
+        return f"too little memory{asked}{advice}"
     if re.search("DataLoader|shared memory|/torch_", text):
         return f"a process that reads images died, hangs or lacks shared memory ({first}); try --workers 0"
     if world_size() > 1 and re.search("gloo|nccl|connection", text, re.IGNORECASE):
@@ -1656,13 +1675,13 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # print \u03b8 where θ cannot be
     try:
         command_line()(args=arguments)
-    except (ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
+    except (MemoryError, OSError, RuntimeError, UserError) as error:
         if (line := explain(error, arguments)) is None:
             raise
         print(f"moco: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if world_size() > 1:
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 

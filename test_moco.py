@@ -1059,9 +1059,6 @@ class TestViews:
         with pytest.raises(TypeError, match=r"uint8 \(N,3,H,W\), not torch"):
             Augment(size=8)(images, rng(0))
 
-    def test_evaluation_sees_a_small_image_as_it_is(self):
-        assert torch.equal(Augment("cifar", 32).center_crop(images_of(2)), images_of(2))
-
     @pytest.mark.parametrize("aug", ["v1", "v2"])
     def test_v1_and_v2_evaluate_images_as_torchvisions_imagenet_models_do(self, aug):
         augment, images = Augment(aug, 224), images_of(2, 300, 400)
@@ -2072,7 +2069,7 @@ class TestNeverLosingARun:
         first, second = (moco.Run(tiny_config(out=str(tmp_path / "c.pt"), seed=seed)) for seed in (0, 1))
         for _ in first.train(lambda: first.step == 6):
             files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-            with pytest.raises(FileExistsError, match="c.csv"):
+            with pytest.raises(UserError, match="c.csv: exists already; give --resume"):
                 next(second.train())
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
@@ -2358,14 +2355,17 @@ class TestCommandLine:
         assert tuple(result.get(x) for x in ("top1", "eval_size", "size", "head")) + ("knn_k" in result,) == expected
         assert run(*arguments)[1].lower().startswith(f"{command} top-1 {top1:.2f} %")
 
-    def test_an_official_checkpoint_is_evaluated_at_224_pixels_on_the_device(self, run, image_folder, monkeypatch):
+    @pytest.mark.parametrize("stem, side", [("imagenet", 224), ("cifar", 32)])
+    def test_a_checkpoint_without_options_is_evaluated_at_its_stems_size(
+        self, run, image_folder, monkeypatch, stem, side
+    ):
         monkeypatch.setattr(moco, "pick_device", lambda _: (torch.device("meta"), contextlib.nullcontext))
-        weights = ResNetEncoder("resnet10", stem="imagenet", width=0.125).state_dict()
+        weights = ResNetEncoder("resnet10", stem=stem, width=0.125).state_dict()
         weights = {f"module.encoder_q.{name}": x for name, x in weights.items()}
         torch.save({"epoch": 200, "arch": "resnet10", "state_dict": weights}, "c.pt")
         encoder, data, config, *_ = moco.load_for_evaluation("c.pt", {"data": str(image_folder)})
         assert {x.device.type for x in encoder.state_dict().values()} == {data.test.device.type} == {"meta"}
-        assert (config.eval_size or config.size) == 224
+        assert (config.eval_size or config.size) == side
 
     @pytest.mark.parametrize("arguments", [
         "trian", "train --colour", "train --preset v3", "train --moco-m 2", "train --epochs many", "train --size 8",
@@ -2395,7 +2395,7 @@ class TestCommandLine:
         status, out, err = run(command, *options)
         *_, name = arguments.removesuffix(".pt").split()  # of the file, of the .csv beside it, or a value
         assert status == 2 and "Traceback" not in err
-        assert name in err or re.findall(r"--\S+", arguments)[-1] in err or "`pip install" in err
+        assert name in err or re.findall(r"--\S+", arguments)[-1] in err
         assert (err.startswith("moco: ") and err.count("\n") == 1) or err.count("╭") == err.count("╰") == 1
         assert out.count("\n") == ("--tensorboard" in options)  # only what was found
         assert before == {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
