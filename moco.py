@@ -29,6 +29,7 @@ import io
 import itertools
 import math
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -888,7 +889,7 @@ def load_folder(config: Config, device: torch.device) -> Data:
         if "train" in folders and name in folders and (images := find_images(folders[name])):
             test, test_top = images, folders[name]
     classes = {label: i for i, label in enumerate(sorted(set(train.values())))}
-    labeled = "train" in folders and set(train.values()) - {"."} and set(test.values()) - {"."}
+    labeled = all(set(files.values()) - {"."} for files in (train, test))
     for path, label in (train | test).items():
         if labeled and (label == "." or label not in classes):
             raise UserError(f"--data {root}: {path} is in none of the class folders {top}/*")
@@ -1057,8 +1058,10 @@ def load_checkpoint(path: str) -> dict[str, Any]:
                 check_option(name, value)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # damaged bytes cause any; torch's text advises to execute the file
-        cause = f"damaged, or not epoch, arch and state_dict in plain values ({type(error).__name__})"
+    except Exception as error:  # damaged bytes can cause any
+        cause = f"it is damaged, or lacks epoch, arch or state_dict ({type(error).__name__})"
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to execute the file
+            cause = "it is damaged, or holds more than tensors and plain values; nothing in it was run"
         if isinstance(error, ValueError):
             cause = str(error).split("\n")[0]
         raise UserError(f"{path}: not a checkpoint: {cause}") from error
@@ -1223,7 +1226,7 @@ def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 class Run:
     """Train as a configuration says, from the start or, with `resume`, from where `out` stopped.
     A checkpoint holds what a run accumulates; all else is a function of configuration and step.
-    Raises UserError, before anything is written, for what does not fit or is not there."""
+    Raises UserError, before anything is written, if options, files, data or device do not fit."""
 
     def __init__(self, config: Config) -> None:
         self.device, self.autocast = pick_device(config)
@@ -1288,7 +1291,7 @@ class Run:
             saved, tensors = tensors_of(checkpoint), tensors_of(own)
             check_tensors(saved, tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"--resume: {self.config.out} is not of this run ({error})") from error
+            raise UserError(f"--resume: {self.config.out} does not fit this run ({error})") from error
         for name, x in tensors.items():
             x.copy_(saved[name])
         self.step, self.rows = step, rows
