@@ -31,7 +31,6 @@ import math
 import os
 import pickle
 import re
-import shlex
 import signal
 import sys
 import time
@@ -665,11 +664,10 @@ class Config:
     out: Annotated[str, "checkpoint to write, with a .csv of the epochs beside it"] = "ckpt.pt"
     resume: Annotated[bool, "continue the run that wrote --out, with its options"] = False
     overwrite: Annotated[bool, "replace files that exist"] = False
-    save_every_steps: Annotated[int, "save every so many steps, too, not only every epoch", FROM_0] = 0
+    save_seconds: Annotated[float, "seconds between saves within an epoch", FROM_0] = 300.0
     root: Annotated[str, "folder for the downloads of cifar10 and cifar100"] = "data"
     workers: Annotated[int, "processes that read a folder's images", FROM_0] = 2
     device: Annotated[str, "where to compute", ("auto", "cpu", "cuda", "mps")] = "auto"
-    compile: Annotated[bool, "torch.compile the encoders"] = False
     json: Annotated[bool, "print JSON objects"] = False
     tensorboard: Annotated[str, "folder for TensorBoard's files, if that package is installed"] = ""
 
@@ -797,9 +795,9 @@ def read_image(path: bytes) -> Tensor:
 
 
 def ignore_signals(_: int) -> None:
-    """Ignore Ctrl-C and the first SIGTERM, on which the process that trains acts."""
+    """Ignore Ctrl-C and SIGTERM in a worker: the process that trains acts on them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
@@ -815,7 +813,11 @@ def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tu
                 raise batch
             yield batch[0].to(split.device, non_blocking=True), batch[1]
     finally:
-        del iterator  # end the workers now: an exception's traceback would keep them alive
+        for worker in getattr(iterator, "_workers", []):
+            with contextlib.suppress(RuntimeError):  # torch's, about a worker that was killed
+                worker.kill()  # it may be blocked: torch would wait for it
+                worker.join()
+        del iterator  # an exception's traceback would keep it alive
 
 
 @dataclass
@@ -849,7 +851,7 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # there may be half a download, or no folder
             if is_new:
-                os.rmdir(config.root)
+                os.removedirs(config.root)
         why = f"not in --root {config.root}, and the download failed ({str(error).splitlines()[0]})"
         raise UserError(f"--data {config.data}: {why}; give --data shapes, or a folder of images") from error
     if rank() == 0 and world_size() > 1:
@@ -938,32 +940,30 @@ TEXTURES: tuple[tuple[float, Callable], ...] = (  # waves per unit; positive whe
 def shapes(n: int, split: str) -> tuple[Tensor, Tensor]:
     """Draw n images uint8 (n,3,32,32) and labels (n,): two forms in five textures, seeded by the split."""
     generator = rng("shapes", split)
-    images = torch.empty(n, 3, 32, 32, dtype=torch.uint8)
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    each = torch.arange(n)
+    labels = each % 10
+    angle = between(0, 2 * math.pi, 1, 1)
+    radius = between(0.7, 0.95, 1, 1)
     axis = (torch.arange(32) + 0.5) / 16 - 1
-    for label in range(10):
-        count = len(images[label::10])
-
-        def between(low: float, high: float, *shape: int, count: int = count) -> Tensor:
-            return low + (high - low) * torch.rand(count, *shape, generator=generator)
-
-        angle = between(0, 2 * math.pi, 1, 1)
-        radius = between(0.7, 0.95, 1, 1)
-        y = axis[:, None] - between(-0.25, 0.25, 1, 1)
-        x = axis - between(-0.25, 0.25, 1, 1)
-        u = x * angle.cos() + y * angle.sin()
-        v = y * angle.cos() - x * angle.sin()
-        edge = FORMS[label // 5]((u / radius).abs(), (v / radius).abs())
-        inside = (0.5 - 16 * radius * edge).clamp(0, 1)
-        phase = between(0, 2 * math.pi, 2, 1, 1)
-        waves, texture = TEXTURES[label % 5]
-        waves = 2 * math.pi * waves * between(0.9, 1.1, 1, 1)
-        ink = (0.5 + 2 * texture(waves * u + phase[:, 0], waves * v + phase[:, 1])).clamp(0, 1)
-        light = between(0, 1, 1, 1, 1)
-        grays = [(light + i / 3) % 1 + between(-0.02, 0.02, 3, 1, 1) for i in range(3)]
-        image = torch.lerp(grays[0], torch.lerp(grays[1], grays[2], ink[:, None]), inside[:, None])
-        image = image + 0.02 * torch.randn(count, 3, 32, 32, generator=generator)
-        images[label::10] = (image.clamp(0, 1) * 255).byte()
-    return images, torch.arange(n) % 10
+    x = axis - between(-0.25, 0.25, 1, 1)
+    y = axis[:, None] - between(-0.25, 0.25, 1, 1)
+    u = x * angle.cos() + y * angle.sin()
+    v = y * angle.cos() - x * angle.sin()
+    forms = torch.stack([form((u / radius).abs(), (v / radius).abs()) for form in FORMS])
+    inside = (0.5 - 16 * radius * forms[labels // 5, each]).clamp(0, 1)
+    pitch = 2 * math.pi * between(0.9, 1.1, 1, 1)
+    a, b = between(0, 2 * math.pi, 2, 1, 1).unbind(1)
+    textures = torch.stack([f(waves * pitch * u + a, waves * pitch * v + b) for waves, f in TEXTURES])
+    ink = (0.5 + 2 * textures[labels % 5, each]).clamp(0, 1)
+    light = between(0, 1, 1, 1, 1)
+    grays = [(light + i / 3) % 1 + between(-0.02, 0.02, 3, 1, 1) for i in range(3)]
+    images = torch.lerp(grays[0], torch.lerp(grays[1], grays[2], ink[:, None]), inside[:, None])
+    images += 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    return (images.clamp(0, 1) * 255).byte(), labels
 
 
 @torch.no_grad()
@@ -1212,7 +1212,6 @@ def check_out(out: str, may_exist: bool, advice: str = "give --overwrite to repl
 Rows = Iterator[dict[str, Any] | None]  # after each step: None, or an epoch's row of the .csv
 EXISTS = "give --resume to continue its run, --overwrite to replace it, or another --out"
 COLUMNS = ("epoch", "loss", "lr", "knn", "images_per_s", "seconds")  # of the .csv
-SAVE_SECONDS = 300.0  # between saves within an epoch
 AGREE_STEPS = 8  # between steps at which ranks compare flags, since each waits for all
 
 
@@ -1240,9 +1239,6 @@ class Run:
         if config.batch_size > num_images:
             raise UserError(f"--batch-size {config.batch_size}: more than the {num_images} images")
         self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
-        if config.compile:
-            for encoder in self.model.children():
-                encoder.compile()
         self.optimizer = build_optimizer(config, self.model.encoder_q.parameters())
         self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
         self.steps_per_epoch = num_images // config.batch_size
@@ -1291,7 +1287,8 @@ class Run:
             saved, tensors = tensors_of(checkpoint), tensors_of(own)
             check_tensors(saved, tensors)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"--resume: {self.config.out} does not fit this run ({error})") from error
+            cause = error if type(error) is ValueError else "a value is missing or has the wrong type"
+            raise UserError(f"--resume: {self.config.out} does not fit this run ({cause})") from error
         for name, x in tensors.items():
             x.copy_(saved[name])
         self.step, self.rows = step, rows
@@ -1306,15 +1303,14 @@ class Run:
         except FileExistsError as error:  # another run began after this one was checked
             raise UserError(f"{self.csv_path}: exists already; {EXISTS}") from error
         self.save()
-        every = self.config.save_every_steps or self.steps
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = load_batches(self.data.train, plan, self.split_two_views.two_crops)
         try:
             while batch := self.next_batch(batches, stop):
                 self.take_step(*batch)
                 row = self.end_epoch() if self.step % self.steps_per_epoch == 0 else None
-                late = self.agree(time.monotonic() - self.saved_at > SAVE_SECONDS)
-                if row or late or self.step % every == 0:
+                late = self.agree(time.monotonic() - self.saved_at >= self.config.save_seconds)
+                if row or late:
                     self.save()
                 yield row
         except UserError:  # an image that cannot be read costs no step
@@ -1442,11 +1438,9 @@ def show_progress(run: Run, rows: Rows) -> None:
 
 
 def log_tensorboard(rows: Rows, folder: str) -> Rows:
-    """Write each epoch's row to TensorBoard, too. Raises UserError without that package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--tensorboard {folder}: {error}; try `pip install tensorboard`") from error
+    """Write each epoch's row to TensorBoard, too."""
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(folder) as writer:
         for row in rows:
             for name in COLUMNS[1:]:
@@ -1455,18 +1449,16 @@ def log_tensorboard(rows: Rows, folder: str) -> Rows:
             yield row
 
 
-def mosaic(images: Tensor, colors: Tensor) -> Tensor:
-    """Lay out images (R,C,3,S,S) in [0,1] in R rows, framed in colors (R,C,3): (3,H,W)."""
-    scale = -(-96 // images.shape[-1])  # show each with at least 96 pixels
+def write_picture(path: str, images: Tensor) -> None:
+    """Write images (R,C,3,S,S) in [0,1] as a PNG of R rows, each image at least 96 pixels wide."""
+    scale = -(-96 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    side = images.shape[-1] + 8
-    frames = colors[..., None, None].repeat(1, 1, 1, side, side)
-    frames[..., 4:-4, 4:-4] = images
-    return torchvision.utils.make_grid(frames.flatten(0, 1), images.shape[1], padding=4, pad_value=1)
+    picture = torchvision.utils.make_grid(images.flatten(0, 1), images.shape[1], padding=4, pad_value=1)
+    write_file(path, partial(torchvision.utils.save_image, picture, format="png"))
 
 
 def draw_views(data: Data, config: Config) -> Tensor:
-    """Return a picture (3,H,W) of eight images and, beside each, its two views in four steps."""
+    """Return eight images and, beside each, its two views in four steps: (8,9,3,S,S) in [0,1]."""
     split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     augment = split_two_views.augment
     chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:8]
@@ -1475,13 +1467,12 @@ def draw_views(data: Data, config: Config) -> Tensor:
     for step, (images, _) in enumerate(load_batches(data.train, plan, split_two_views.two_crops)):
         views = split_two_views(images, rng("step", config.seed, step))
         columns += [view * augment.std + augment.mean for view in views]
-    images = torch.stack(columns, 1)
-    return mosaic(images, torch.zeros(images.shape[:3]))
+    return torch.stack(columns, 1)
 
 
 def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Callable) -> Tensor:
-    """Return a picture (3,H,W) of ten test images, each beside its ten nearest training images.
-    Frames are green where labels agree, else red. Without labels, training images are compared."""
+    """Return ten test images, each beside its ten nearest training images: (10,11,3,S,S) in [0,1].
+    Without a test split, training images are compared."""
     queries = data.test or data.train
     bank = extract_features(encoder, data.train, config, autocast)
     features = extract_features(encoder, queries, config, autocast)
@@ -1493,13 +1484,7 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
     crop = Augment(config.aug, config.eval_size or config.size).center_crop
     plan = [(0, column) for column in neighbors.T]
     images = [*load_batches(queries, [(0, chosen)], crop), *load_batches(data.train, plan, crop)]
-    images = torch.stack([x for x, _ in images], 1).cpu() / 255
-    colors = torch.zeros(images.shape[:3])
-    if data.test:
-        right = data.train.labels.cpu()[neighbors] == data.test.labels.cpu()[chosen, None]
-        green, red = torch.tensor([0.2, 0.7, 0.3]), torch.tensor([0.9, 0.2, 0.2])
-        colors[:, 1:] = torch.where(right[..., None], green, red)
-    return mosaic(images, colors)
+    return torch.stack([x for x, _ in images], 1).cpu() / 255
 
 
 def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:
@@ -1546,15 +1531,10 @@ def train(**options: Any) -> None:
         if config.tensorboard and rank() == 0:
             rows = log_tensorboard(rows, config.tensorboard)
         show_progress(run, rows)
-    script = Path(sys.argv[0]).name
-    program = f"python {script}" if script.endswith(".py") else script
     if run.step < run.steps:
-        launcher = f"torchrun … {script}" if world_size() > 1 else program
-        again = shlex.join([x for x in sys.argv[1:] if x != "--resume"])
-        print(f"stopped after step {run.step}; to go on: {launcher} {again} --resume")
+        print(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume")
         sys.exit(128 + (received or [signal.SIGTERM])[0])  # another rank may have got the signal
-    command = "knn {0}" if run.data.test else "neighbors {0} neighbors.png"
-    print(f"{config.out} is complete; next: {program} {command.format(shlex.quote(config.out))}")
+    print(f"{config.out} is complete; the commands knn, linear, export and neighbors read it")
 
 
 def knn(checkpoint: str, **options: Any) -> None:
@@ -1580,8 +1560,7 @@ def views(output: str, **options: Any) -> None:
     """Draw images and the views that training makes of them, as a PNG."""
     check_out(output, options.get("overwrite", False))
     config = Config.from_preset(**options, workers=0)
-    picture = draw_views(load_data(config, torch.device("cpu")), config)
-    write_file(output, partial(torchvision.utils.save_image, picture, format="png"))
+    write_picture(output, draw_views(load_data(config, torch.device("cpu")), config))
     print(f"wrote {output}")
 
 
@@ -1589,8 +1568,7 @@ def neighbors(checkpoint: str, output: str, **options: Any) -> None:
     """Draw test images and their nearest training images in a checkpoint's features, as a PNG."""
     check_out(output, options.get("overwrite", False))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
-    picture = draw_neighbors(encoder, data, config, autocast)
-    write_file(output, partial(torchvision.utils.save_image, picture, format="png"))
+    write_picture(output, draw_neighbors(encoder, data, config, autocast))
     print(f"wrote {output}")
 
 
@@ -1611,12 +1589,6 @@ def command_line() -> Any:
     import typer
 
     app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
-
-    @app.callback(invoke_without_command=True)
-    def print_version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
-        if version:
-            print(f"moco.py {__version__}")
-            raise typer.Exit
 
     def parameter(name: str) -> inspect.Parameter:
         if name in ARGUMENTS:
@@ -1650,13 +1622,15 @@ def explain(error: Exception, arguments: list[str]) -> str | None:
     first = text.split("\n")[0]
     if isinstance(error, UserError):
         return text
+    if isinstance(error, ImportError):  # of what is imported late: typer, tensorboard
+        return f"{error}; try `pip install {error.name}`"
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(x) for x in (error.filename, error.strerror) if x)
     amount = re.search(r"ried to allocate ([\d.]+ \w+)", text)
     if isinstance(error, MemoryError) or amount:
         asked = f" for the {amount[1]} that were asked for" if amount else ""
         options = next((x for command, x in COMMANDS.items() if command.__name__ in arguments), ())
-        names = [flag(x) for x in ("size", "batch_size", "width", "moco_k", "workers") if x in options]
+        names = [flag(x) for x in ("size", "batch_size", "width", "moco_k", "moco_dim", "workers") if x in options]
         advice = f"; give a smaller {' or '.join(names)}" if names else ""
         return f"too little memory{asked}{advice}"
     if re.search("DataLoader|shared memory|/torch_", text):
@@ -1678,7 +1652,7 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # print \u03b8 where θ cannot be
     try:
         command_line()(args=arguments)
-    except (MemoryError, OSError, RuntimeError, UserError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, UserError) as error:
         if (line := explain(error, arguments)) is None:
             raise
         print(f"moco: {line}", file=sys.stderr)
