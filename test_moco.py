@@ -1756,12 +1756,15 @@ os.dup2(os.open("err", os.O_CREAT | os.O_WRONLY), 2)
 import moco
 """
 TRAIN = """
+trainer = os.getpid()
 def hook(event, arguments):  # before a file is opened or replaced
     global moment
     if event in ("open", "os.rename") and str(arguments[0]).strip("'").endswith(watched):
         moment -= 1
         if not moment:
             os.kill(os.getpid() if number == signal.SIGKILL else 0, number)  # 0: workers, too, as a terminal does
+            if os.getpid() != trainer:
+                os.kill(os.getpid(), signal.SIGSTOP)  # a worker that hangs for good
 sys.addaudithook(hook)
 moco.main(["train", *options])
 """
