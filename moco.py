@@ -668,6 +668,7 @@ class Config:
     root: Annotated[str, "folder for the downloads of cifar10 and cifar100"] = "data"
     workers: Annotated[int, "processes that read a folder's images", FROM_0] = 2
     device: Annotated[str, "where to compute", ("auto", "cpu", "cuda", "mps")] = "auto"
+    compile: Annotated[bool, "torch.compile the encoders"] = False
     json: Annotated[bool, "print JSON objects"] = False
     tensorboard: Annotated[str, "folder for TensorBoard's files, if that package is installed"] = ""
 
@@ -1239,6 +1240,9 @@ class Run:
         if config.batch_size > num_images:
             raise UserError(f"--batch-size {config.batch_size}: more than the {num_images} images")
         self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
+        if config.compile:
+            for encoder in self.model.children():
+                encoder.compile()
         self.optimizer = build_optimizer(config, self.model.encoder_q.parameters())
         self.split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
         self.steps_per_epoch = num_images // config.batch_size

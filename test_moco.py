@@ -1967,6 +1967,12 @@ class TestRun:
         next(run.train())
         assert seen == [precision == "bf16"] and type(run.optimizer) is moco.Muon
 
+    def test_compile_compiles_both_encoders(self, few, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda f, **_: calls.append(f) or f)
+        calls = []
+        next(training(tmp_path, compile=True))
+        assert len(calls) == 2
+
     def test_a_batch_may_hold_all_images_but_not_more(self, few, tmp_path):
         assert [row["epoch"] for row in training(tmp_path, batch_size=40)] == [1, 2]
         with pytest.raises(UserError, match="^--batch-size 42: more than the 40 images"):
