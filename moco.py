@@ -15,28 +15,27 @@ MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One tra
     evaluation: encoder_q's pooled features (N,D) ──► kNN, linear classifier
 
 Shapes: N images per batch and process, P processes, S pixels per side of a view, D features,
-C embedding dimensions, K keys in the queue, M images in a data set. Its tests specify it.
+C embedding dimensions, K keys in the queue, M images in a data set.
+test_moco.py is the specification.
 """
 
 import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
 import hashlib
 import inspect
 import io
 import itertools
 import math
 import os
-import pickle
 import re
 import signal
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -183,14 +182,12 @@ class MoCo(nn.Module):
         if self.training:
             self.momentum_update()
         q = embed(self.encoder_q, im_q)  # (N,C)
-        with torch.no_grad():
-            k = shuffled_keys(self.encoder_k, im_k, generator)  # (P·N,C)
+        k = shuffled_keys(self.encoder_k, im_k, generator).detach()  # (P·N,C): no gradient to keys
         queue = self.queue.clone()  # backward needs it as it was
         loss = info_nce(q, local_rows(k), queue, self.T)
         if self.symmetric:
             q = embed(self.encoder_q, im_k)
-            with torch.no_grad():
-                other_k = shuffled_keys(self.encoder_k, im_q, generator)
+            other_k = shuffled_keys(self.encoder_k, im_q, generator).detach()
             loss = loss + info_nce(q, local_rows(other_k), queue, self.T)
             k = torch.cat([k, other_k])
         if self.training:
@@ -281,7 +278,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) % self.num_splits:
             raise ValueError(f"a batch of {len(x)} cannot be split into {self.num_splits} groups")
         groups = x.chunk(self.num_splits)
-        means = variances = [None] * self.num_splits  # for F.batch_norm: no running statistics
+        means = variances = [None] * self.num_splits  # F.batch_norm then keeps no running statistics
         momentum = self.momentum or 0.0
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
@@ -374,7 +371,7 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
     ratio = (math.log(4 / 3) * (2 * u[1] - 1)).exp()
     h = (area / ratio).sqrt().round()
     w = (area * ratio).sqrt().round()
-    top = u[2] * (height - h + 1)  # rounded down below
+    top = u[2] * (height - h + 1)  # floored by boxes.long()
     left = u[3] * (width - w + 1)
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     first = fits.int().argmax(1, keepdim=True)
@@ -412,23 +409,18 @@ def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     return separable(x, rows, resize_matrix(left, w, x.shape[3], size))
 
 
-def grayscale(x: Tensor) -> Tensor:
-    """Return the luma (N,1,H,W), ITU-R 601."""
-    r, g, b = x.split(1, 1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
 def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """Adjust brightness (operation 0), contrast (1) or saturation (2) by a factor; both (N,1,1,1).
     factor·x + (1−factor)·reference, clamped to [0,1]; reference: black, the mean luma, or the luma."""
-    luma = grayscale(x)
+    luma = tvf.rgb_to_grayscale(x)  # (N,1,H,W)
     mean = luma.mean((1, 2, 3), keepdim=True)
     reference = torch.addcmul(mean * (operation == 1), luma, operation == 2)
     return torch.lerp(reference, x, factor).clamp_(0, 1)
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn` (N,1,1,1), in turns of the color circle, to HSV's hue."""
+    """Add `turn` (N,1,1,1), in turns of the color circle, to HSV's hue. A channel is then value −
+    chroma·clamp(2 − |6·frac(hue + offset) − 2|, 0, 1), its offset 5/6 for red, 3/6 green, 1/6 blue."""
     r, g, b = x.split(1, 1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
@@ -444,11 +436,12 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 def color_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Apply brightness, contrast, saturation and hue (0 to 3) by factors (N,4), in orders (N,4).
-    Hue costs most, so it is computed once for all images, between three blends before and after it."""
+    Hue costs most, so it is shifted once for the batch: up to three blends precede it, and up to three
+    follow; a blend by a factor of 1 changes nothing."""
     hue = (order == 3).int().argmax(1)[:, None, None, None]  # where hue stands in each image's order
     factor = factors.gather(1, order)[:, :, None, None, None]
     order = order[:, :, None, None, None]
-    for i in (0, 1, 2):  # a factor of 1 changes nothing: hue, and what comes after it
+    for i in (0, 1, 2):
         x = blend(x, order[:, i], torch.where(i < hue, factor[:, i], 1))
     x = shift_hue(x, factors[:, 3, None, None, None])
     for i in (1, 2, 3):
@@ -479,7 +472,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 TRANSFORMS: dict[str, Callable] = {  # (x, draw, *strengths) -> x; draw(*shape) is uniform in [0,1)
     "flip": lambda x, draw: x.flip(-1),
-    "grayscale": lambda x, draw: grayscale(x),
+    "grayscale": lambda x, draw: tvf.rgb_to_grayscale(x),
     "jitter": random_color_jitter,
     "blur": lambda x, draw, low, high: gaussian_blur(x, low + (high - low) * draw(len(x), 1)),
 }
@@ -566,7 +559,7 @@ class SplitTwoViews:
 
     def two_crops(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Return both views' crops uint8 (2,3,S,S) of an image (3,H,W), at its own resolution.
-        A batch (N,3,H,W) from memory is returned as it is: `__call__` crops it on the device."""
+        Images in memory, a batch (N,3,H,W), are returned uncropped: `__call__` crops on the device."""
         if image.dim() == 4:
             return image
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
@@ -584,7 +577,7 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
     Similarities are computed in chunks of at most 128 MiB. Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"k = {k}: at least one neighbor must vote")
-    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: a copy of the bank may take gigabytes
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # scales the similarities: to normalize the bank would copy it
     predictions = []
     for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
         similarity, neighbors = (chunk @ bank.T).mul_(scale).topk(min(k, len(bank)))  # (n,k)
@@ -696,7 +689,7 @@ class Config:
 
 OPTIONS = get_type_hints(Config, include_extras=True)
 FIXED, HARDWARE = " (fixed on --resume)", "Files and hardware"
-PANELS = {  # of --help, by first option; a checkpoint decides all options but those of HARDWARE
+PANELS = {  # of --help: first option → title; --resume takes all options but HARDWARE's from the checkpoint
     "preset": "Method" + FIXED,
     "arch": "Encoder" + FIXED,
     "aug": "Views and batches" + FIXED,
@@ -760,7 +753,7 @@ class Split(Dataset):
     labels: Tensor | None
     device: torch.device
     workers: int = 0
-    crop: Callable | None = None  # of (images, epoch, indices), or of one image and index
+    crop: Callable | None = None  # crop(images, epoch, indices) in memory, crop(image, epoch, index) per file
 
     def __len__(self) -> int:
         return len(self.images)
@@ -807,7 +800,7 @@ def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tu
     options = dict(num_workers=split.workers, worker_init_fn=ignore_signals)
     if split.workers:
         options |= dict(timeout=300, pin_memory=split.device.type == "cuda")
-    iterator = iter(DataLoader(dataclasses.replace(split, crop=crop), None, sampler=batches, **options))
+    iterator = iter(DataLoader(replace(split, crop=crop), None, sampler=batches, **options))
     try:
         for batch in iterator:
             if isinstance(batch, Exception):
@@ -838,7 +831,7 @@ def load_data(config: Config, device: torch.device) -> Data:
         splits = [cifar(config, True), cifar(config, False)]
     else:
         return load_folder(config, device)
-    train, test = (Split(x.to(device), y.to(device), device) for x, y in splits)
+    train, test = (Split(x.to(device), y, device) for x, y in splits)
     return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on")
 
 
@@ -852,7 +845,7 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # there may be half a download, or no folder
             if is_new:
-                os.removedirs(config.root)
+                os.rmdir(config.root)
         why = f"not in --root {config.root}, and the download failed ({str(error).splitlines()[0]})"
         raise UserError(f"--data {config.data}: {why}; give --data shapes, or a folder of images") from error
     if rank() == 0 and world_size() > 1:
@@ -921,8 +914,7 @@ def read_small(split: Split) -> Split:
         images.append(read_image(path))
         if images[-1].shape != images[0].shape or len(split) * images[0].numel() > MEMORY:
             return split
-    labels = None if split.labels is None else split.labels.to(split.device)
-    return Split(torch.stack(images).to(split.device), labels, split.device)
+    return Split(torch.stack(images).to(split.device), split.labels, split.device)
 
 
 FORMS: tuple[Callable, ...] = (  # signed distance of (|u|, |v|) from the edge of a disk, a cross
@@ -1025,15 +1017,15 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
     write_file(path, partial(torch.save, checkpoint))
 
 
-def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor] | None = None) -> None:
+def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor]) -> None:
     """Raise ValueError unless tensors are finite and of the names, shapes and dtypes expected."""
-    if expected is not None and tensors.keys() != expected.keys():
+    if tensors.keys() != expected.keys():
         raise ValueError(f"missing or unexpected: {min(map(str, tensors.keys() ^ expected.keys()))}")
     for name, x in tensors.items():
         # of stride 0, a tensor claims more than it holds, and an optimizer writes past its end
         if not isinstance(x, Tensor) or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(f"{name} is not a tensor that holds what it claims")
-        right = expected[name] if expected else x
+        right = expected[name]
         if (x.shape, x.dtype) != (right.shape, right.dtype):
             raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, not {right.dtype} {tuple(right.shape)}")
         if not x.isfinite().all():
@@ -1046,23 +1038,20 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):  # torch compares no checksums, and inflates or skips records
             archive = zipfile.ZipFile(path)
-            odd = [x.filename for x in archive.infolist() if x.external_attr & 16 or x.compress_type]
+            odd = [x.filename for x in archive.infolist() if x.external_attr & 16 or x.compress_type]  # 16: a folder
             if damaged := odd[:1] or archive.testzip():
                 raise ValueError(f"the file is damaged at {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["epoch"] = int(checkpoint["epoch"])
         checkpoint["arch"] = str(checkpoint["arch"])
         checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
-        check_tensors(checkpoint["state_dict"])
         for name, value in checkpoint.get("config", {}).items():
             if name in OPTIONS:  # others are of other versions
                 check_option(name, value)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except Exception as error:  # damaged bytes can cause any
-        cause = f"it is damaged, or lacks epoch, arch or state_dict ({type(error).__name__})"
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to execute the file
-            cause = "it is damaged, or holds more than tensors and plain values; nothing in it was run"
+        cause = f"it is damaged, holds more than tensors and plain values, or lacks some ({type(error).__name__})"
         if isinstance(error, ValueError):
             cause = str(error).split("\n")[0]
         raise UserError(f"{path}: not a checkpoint: {cause}") from error
@@ -1075,9 +1064,9 @@ def load_encoder(checkpoint: dict[str, Any], path: str, head: bool = False) -> R
     torch.compile) are optional. Raises UserError if they are not those of a ResNetEncoder."""
     weights = {}
     for name, x in checkpoint["state_dict"].items():
-        name = name.replace("_orig_mod.", "").removeprefix("module.")
-        if name.startswith("encoder_q.") and (head or not name.startswith("encoder_q.fc.")):
-            weights[name.removeprefix("encoder_q.")] = x
+        name = name.replace("_orig_mod.", "").partition("encoder_q.")[2]
+        if name and (head or not name.startswith("fc.")):
+            weights[name] = x
     try:
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem, mlp = "cifar" if kernel == 3 else "imagenet", "fc.0.weight" in weights
@@ -1230,7 +1219,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.device, self.autocast = pick_device(config)
-        self.config = dataclasses.replace(config)  # checked again: world_size() is known now
+        self.config = replace(config)  # checked again: world_size() is known now
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or config.resume or rank() > 0, EXISTS)
@@ -1249,20 +1238,20 @@ class Run:
         self.steps = config.epochs * self.steps_per_epoch
         self.step, self.rows, self.loss = 0, [], None
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
-        self.began = time.perf_counter()  # of the epoch, as if never interrupted
+        self.began = time.perf_counter()  # of the epoch; on resume, earlier by the seconds it has taken
         if config.resume:
             self.restore(checkpoint)
         self.saved_step, self.saved_at = None, time.monotonic()
         self.waiting = False  # for a batch: see `next_batch`
         self.ddp_model = DistributedDataParallel(self.model) if world_size() > 1 else self.model
-        self.ddp_model.broadcast_buffers = False  # from now on, BatchNorm's statistics stay apart
+        self.ddp_model.broadcast_buffers = False  # after DDP's first broadcast, statistics stay apart
 
     def checkpoint(self) -> dict[str, Any]:
         """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
         return {
             "epoch": self.step // self.steps_per_epoch, "step": self.step, "arch": self.config.arch,
             "state_dict": {f"module.{name}": x for name, x in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(), "config": dataclasses.asdict(self.config),
+            "optimizer": self.optimizer.state_dict(), "config": asdict(self.config),
             "num_images": len(self.data.train), "losses": self.losses, "rows": self.rows,
             "seconds": time.perf_counter() - self.began,
         }  # fmt: skip
@@ -1270,7 +1259,7 @@ class Run:
     def load(self) -> dict[str, Any]:
         """Read the checkpoint to continue. Raises UserError if its options differ where they may not."""
         checkpoint = load_checkpoint(self.config.out)
-        for name, value in dataclasses.asdict(self.config).items():
+        for name, value in asdict(self.config).items():
             old = checkpoint.get("config", {}).get(name, value)
             if (value != old and panel_of(name).endswith(FIXED)) or (name == "epochs" and value < old):
                 raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
@@ -1301,15 +1290,12 @@ class Run:
     def train(self, stop: Callable[[], Any] = lambda: False) -> Rows:
         """Yield after every step: None, or the epoch's row; save now and then, and once `stop()`.
         Raises UserError for an unreadable image, a loss that is not finite, a full disk."""
-        try:
-            if rank() == 0:
-                Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
-        except FileExistsError as error:  # another run began after this one was checked
-            raise UserError(f"{self.csv_path}: exists already; {EXISTS}") from error
+        if rank() == 0:  # FileExistsError if another run began after this one was checked
+            Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
         self.save()
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = load_batches(self.data.train, plan, self.split_two_views.two_crops)
-        try:
+        with contextlib.closing(batches):
             while batch := self.next_batch(batches, stop):
                 self.take_step(*batch)
                 row = self.end_epoch() if self.step % self.steps_per_epoch == 0 else None
@@ -1317,12 +1303,6 @@ class Run:
                 if row or late:
                     self.save()
                 yield row
-        except UserError:  # an image that cannot be read costs no step
-            if world_size() == 1:  # several ranks are apart here
-                self.save()
-            raise
-        finally:
-            batches.close()
         if self.saved_step != self.step:
             self.save()
 
@@ -1360,17 +1340,17 @@ class Run:
         speed = self.steps_per_epoch * config.batch_size / seconds
         loss, lr = self.losses.mean().item(), learning_rate(config, epoch - 1)
         row = dict(epoch=epoch, loss=loss, lr=lr, knn=None, images_per_s=speed, seconds=seconds)
-        self.rows.append(row)
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test:
             self.average_statistics()
             row["knn"] = accuracy(self.model.encoder_q, self.data, config, self.autocast)
             row["seconds"] = time.perf_counter() - self.began
+        self.rows.append(row)
         self.began = time.perf_counter()
         return row
 
     def agree(self, wish: Any) -> bool:
-        """Return whether any rank wishes it; several ranks ask every AGREE_STEPS steps."""
+        """Return on all ranks whether `wish` is true on any; several ranks ask every AGREE_STEPS steps."""
         if world_size() > 1 and self.step % AGREE_STEPS:
             return False
         return bool(all_gather(torch.tensor([bool(wish)])).any())
