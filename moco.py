@@ -789,9 +789,9 @@ def read_image(path: bytes) -> Tensor:
 
 
 def ignore_signals(_: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a worker: the process that trains acts on them."""
+    """Ignore Ctrl-C and the first SIGTERM in a worker: the process that trains acts on them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:

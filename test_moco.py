@@ -293,6 +293,11 @@ class TestInfoNCE:
         assert torch.equal(loss, info_nce(q, k, negatives, t))
         close(loss, info_nce(q.double(), k.double(), negatives.double(), t), atol=1e-5)
 
+    @given(SEEDS, TEMPERATURES)
+    def test_inputs_in_bf16_are_computed_with_in_float32(self, seed, t):
+        q, k, negatives = (unit(n, 16, seed + n).bfloat16() for n in (4, 4, 9))
+        close(info_nce(q, k, negatives.T, t), info_nce(q.double(), k.double(), negatives.T.double(), t))
+
 
 class QueueAgainstDeque(RuleBasedStateMachine):
     """The queue is first in, first out: a deque of K keys, of which `queue_ptr` marks the oldest."""
@@ -1145,10 +1150,10 @@ class TestEvaluation:
 
 # ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
 
-PUBLISHED = {  # 1911.05722, sections 3.3 and 4; 2003.04297, table 1; the authors' CIFAR notebook, but for its head
-    "cifar10": "resnet18 cifar cifar 32 batch 512 lr 0.06 wd 0.0005 K 4096 m 0.99 T 0.1 C 128 mlp cos",
-    "v1": "resnet50 imagenet v1 224 batch 256 lr 0.03 wd 0.0001 K 65536 m 0.999 T 0.07 C 128 linear (120, 160)",
-    "v2": "resnet50 imagenet v2 224 batch 256 lr 0.03 wd 0.0001 K 65536 m 0.999 T 0.2 C 128 mlp cos",
+PUBLISHED = {  # 1911.05722, sections 3.3 and 4; 2003.04297, table 1; authors' CIFAR notebook, but for head and epochs
+    "cifar10": "resnet18 cifar cifar 32 batch 512 lr 0.06 wd 0.0005 K 4096 m 0.99 T 0.1 C 128 mlp cos of 100",
+    "v1": "resnet50 imagenet v1 224 batch 256 lr 0.03 wd 0.0001 K 65536 m 0.999 T 0.07 C 128 linear (120, 160) of 200",
+    "v2": "resnet50 imagenet v2 224 batch 256 lr 0.03 wd 0.0001 K 65536 m 0.999 T 0.2 C 128 mlp cos of 200",
 }
 OF_ALL_TYPES = [None, True, 5, 2.5, "x", b"x", [5], (5,)]
 EDGES = [  # the last value that means something, and one beyond
@@ -1166,8 +1171,18 @@ class TestConfig:
         c = Config.from_preset(preset)
         head, schedule = "mlp" if c.mlp else "linear", "cos" if c.cos else c.schedule
         shown = f"{c.arch} {c.stem} {c.aug} {c.size} batch {c.batch_size} lr {c.lr} wd {c.wd} K {c.moco_k} m {c.moco_m}"
-        assert f"{shown} T {c.moco_t} C {c.moco_dim} {head} {schedule}" == PUBLISHED[preset]
+        assert f"{shown} T {c.moco_t} C {c.moco_dim} {head} {schedule} of {c.epochs}" == PUBLISHED[preset]
         assert (c.method, c.symmetric, c.optimizer, c.bn_splits) == ("moco", False, "sgd", 8)
+        assert (c.knn_k, c.knn_t, c.bank_m) == (200, 0.1, 0.5)  # 1805.01978
+
+    def test_the_cpu_preset_is_the_one_of_the_readmes_result(self):
+        c = Config.from_preset("cpu")
+        assert (c.arch, c.width, c.size, c.eval_size, c.optimizer, c.epochs) == ("resnet10", 0.5, 24, 32, "muon", 44)
+
+    @pytest.mark.parametrize("mechanism, m", [(MoCo, "moco_m"), (moco.MemoryBank, "bank_m")])
+    def test_a_mechanism_has_the_defaults_of_the_options(self, mechanism, m):
+        parameters, names = inspect.signature(mechanism).parameters, ("moco_dim", "moco_k", m, "moco_t")
+        assert [parameters[x].default for x in ("dim", "K", "m", "T")] == [getattr(Config, name) for name in names]
 
     @pytest.mark.parametrize("preset", moco.PRESETS)
     def test_a_preset_is_recorded_and_an_explicit_option_wins_over_it(self, preset):
@@ -1281,6 +1296,10 @@ class TestData:
         assert (images[10 + label].double() - shape_of(20, 10 + label).floor()).abs().max() <= 1
         assert images.dtype == torch.uint8 and labels[10 + label] == label
 
+    def test_built_in_images_lie_on_the_device(self, few):
+        data = moco.load_data(tiny_config(), torch.device("meta"))
+        assert {split.images.device.type for split in (data.train, data.test)} == {"meta"}
+
     def test_6000_shapes_to_train_on_and_2000_others_to_test_on_are_hard_for_knn_on_raw_pixels(self):
         data = moco.load_data(tiny_config(), CPU)
         assert (len(data.train), len(data.test), data.test.labels.max()) == (6000, 2000, 9)
@@ -1302,13 +1321,26 @@ class TestData:
         assert torch.equal(data.train.images, images_of(4)) and torch.equal(data.test.images, images_of(4)[:2])
         assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1, 2, 1], [0, 1])
 
+    @pytest.mark.parametrize("rank, expected", [(0, ["download", "barrier"]), (1, ["barrier", "download"])])
+    def test_rank_0_downloads_before_the_others(self, monkeypatch, rank, expected):
+        class Stub:
+            data, targets = images_of(1).permute(0, 2, 3, 1).numpy(), [0]
+
+        calls = []
+        monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: calls.append("download") or Stub)
+        for name, value in dict(is_initialized=True, get_world_size=2, get_rank=rank).items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("barrier"))
+        moco.cifar(Config(), train=True)
+        assert calls == expected
+
     @pytest.mark.parametrize("existed", [True, False])
     def test_a_failed_download_names_other_data_and_leaves_no_new_folder(self, monkeypatch, tmp_path, existed):
         root = tmp_path if existed else tmp_path / "data"
         monkeypatch.setattr("urllib.request.urlopen", failing(OSError("no network")))
         with pytest.raises(UserError, match=r"^--data cifar10: .*no network\).*--data shapes.*folder[^\n]*\Z"):
             moco.load_data(Config(root=str(root)), CPU)
-        assert root.exists() == existed
+        assert root.exists() == existed and tmp_path.exists()
 
     @pytest.mark.parametrize("files, train, labels", [
         ("train/a/1 train/b/2 val/a/3 val/b/4", "a/1 b/2", [0, 1]),
@@ -1420,12 +1452,12 @@ class TestData:
         PIL.Image.new("RGB", (10, 12)).save(tmp_path / f"{odd}.png")
         assert len(paths_of(load_folder(tmp_path, stream=False).train)) == 3
 
-    @pytest.mark.parametrize("links, held", [(20, True), (342, False)])
-    def test_only_up_to_1_gib_of_images_is_held_in_memory(self, tmp_path, links, held):
-        PIL.Image.new("RGB", (1024, 1024)).save(tmp_path / "0.png")  # 3 MiB
-        for i in range(1, links):
-            (tmp_path / f"{i}.png").symlink_to(tmp_path / "0.png")
-        assert isinstance(load_folder(tmp_path, stream=False).train.images, torch.Tensor) == held
+    @pytest.mark.parametrize("missing", [0, 1])
+    def test_images_that_take_up_to_1_gib_are_held_in_memory(self, tmp_path, monkeypatch, missing):
+        assert moco.MEMORY == 2**30
+        place_images(tmp_path, "0 1")
+        monkeypatch.setattr(moco, "MEMORY", 2 * 3 * 10 * 12 - missing)
+        assert isinstance(load_folder(tmp_path, stream=False).train.images, torch.Tensor) == (not missing)
 
     def test_there_are_never_more_workers_than_cores(self, image_folder):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1459,6 +1491,43 @@ class TestData:
 
         assert batch_of(load_folder(image_folder, workers=1).train, [0], terminated).all()
 
+    def test_a_worker_that_hangs_ends_a_wait_with_a_line(self, folder, monkeypatch):
+        def hurried(*arguments, timeout=0, loader=moco.DataLoader, **options):
+            assert timeout > 0
+            return loader(*arguments, timeout=timeout / 300, **options)
+
+        monkeypatch.setattr(moco, "DataLoader", hurried)
+        (fifo := folder / "train" / "light" / "9.png").unlink()
+        os.mkfifo(fifo)  # who reads it waits for ever
+        with pytest.raises(RuntimeError) as caught:
+            batch_of(load_folder(folder, workers=1).train, [19], Augment().center_crop)
+        assert "--workers 0" in moco.explain(caught.value, [])
+
+    def test_of_two_links_to_a_folder_the_first_by_name_counts(self, tmp_path, monkeypatch):
+        def backwards(*arguments, walk=os.walk, **options):  # a disk may give names in any order
+            for step in walk(*arguments, **options):
+                step[1].sort(reverse=True)
+                yield step
+
+        monkeypatch.setattr(os, "walk", backwards)
+        place_images(tmp_path, "elsewhere/0 train/c/1")
+        for name in "ab":
+            (tmp_path / "train" / name).symlink_to(tmp_path / "elsewhere")
+        assert paths_of(load_folder(tmp_path).train)[0] == f"{tmp_path}/train/a/0.png"
+
+    def test_a_file_called_train_is_no_split(self, tmp_path):
+        place_images(tmp_path, "1 a/2")
+        (tmp_path / "train").write_text("a list of files")
+        assert paths_of(load_folder(tmp_path).train) == [f"{tmp_path}/1.png", f"{tmp_path}/a/2.png"]
+
+    def test_a_name_that_is_not_utf_8_is_read_or_named(self, tmp_path):
+        place_images(tmp_path, "0")
+        os.rename(tmp_path / "0.png", path := os.fsencode(tmp_path) + b"/\xff.png")
+        assert batch_of(load_folder(tmp_path).train, [0]).shape == (1, 3, 10, 12)
+        open(path, "wb").close()
+        with pytest.raises(UserError, match="cannot be read"):
+            moco.read_image(path)
+
     @pytest.mark.parametrize("stream", [True, False])
     def test_images_come_onto_the_device_those_in_memory_once(self, tmp_path, stream):
         place_images(tmp_path, "train/a/0 val/a/1")
@@ -1490,6 +1559,12 @@ def measure(encoder, train, test, linear=False, autocast=contextlib.nullcontext,
 
 
 class TestFeatures:
+    @pytest.mark.parametrize("linear", [False, True])
+    def test_a_class_without_a_test_image_counts(self, linear):
+        images, labels = images_of(6), torch.tensor([0, 1, 2, 0, 1, 2])
+        train, test = (images, labels), (images[:2], labels[:2])
+        assert measure(Encoder(pixel_sums), train, test, linear, knn_k=6, knn_t=1e-3) == 100
+
     @pytest.mark.parametrize("aug, margin", [("cifar", 1), ("v1", 256 / 224), ("v2", 256 / 224)])
     @pytest.mark.parametrize("stream", [True, False])
     @pytest.mark.parametrize("options, side", [(dict(size=24), 24), (dict(size=24, eval_size=40), 40)])
@@ -1741,7 +1816,7 @@ class TestCheckpoints:
 
     def test_export_writes_the_query_encoder_without_its_head(self, run, checkpoint):
         torch.save(checkpoint, "c.pt")
-        assert run("export", "c.pt", "backbone.pt")[0] == 0
+        assert [run("export", "c.pt", "backbone.pt", *more)[0] for more in ([], [], ["--overwrite"])] == [0, 2, 0]
         prefix, weights = "module.encoder_q.", checkpoint["state_dict"]
         expected = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix) and ".fc." not in k}
         assert same(dict(torch.load("backbone.pt", weights_only=True)), expected)
@@ -1889,24 +1964,27 @@ class TestDevice:
     def test_auto_is_cuda_else_mps_else_the_cpu_and_a_device_that_is_not_there_is_refused(
         self, monkeypatch, cuda, mps, asked, expected
     ):
-        calls = []
+        calls, chosen = [], []
         for variable, value in dict(LOCAL_RANK="3", RANK="7", TORCHELASTIC_RUN_ID="x").items():  # as torchrun does
             monkeypatch.setenv(variable, value)
         monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         refused = pytest.raises(UserError, match=f"^--device {asked}: .*; give --device auto$")
         with contextlib.nullcontext() if expected else refused:
             device, autocast = moco.pick_device(Config(device=asked))
             assert str(device) == expected and calls == ["cpu:gloo,cuda:nccl" if cuda else "gloo"]
+            assert chosen == ([device] if cuda else [])
             assert expected == "cpu" or not autocast.keywords["enabled"]  # bf16 that is emulated is slow
 
-    @pytest.mark.parametrize("precision, fast, bf16", [("auto", 1, 1), ("auto", 0, 0), ("bf16", 0, 1), ("fp32", 1, 0)])
-    def test_precision_auto_is_bf16_where_the_cpu_has_it(self, monkeypatch, precision, fast, bf16):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(fast))
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    @pytest.mark.parametrize("precision, avx512, amx, bf16", [
+        ("auto", 1, 0, 1), ("auto", 0, 1, 1), ("auto", 0, 0, 0), ("bf16", 0, 0, 1), ("fp32", 1, 1, 0),
+    ])  # fmt: skip
+    def test_precision_auto_is_bf16_where_the_cpu_has_it(self, monkeypatch, precision, avx512, amx, bf16):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
         with moco.pick_device(Config(device="cpu", precision=precision))[1]():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if bf16 else torch.float32)
 
@@ -1918,6 +1996,30 @@ class TestDevice:
 
 
 class TestRun:
+    def test_options_are_checked_again_once_the_processes_are_known(self, few, tmp_path, monkeypatch):
+        def join(_):
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+            return CPU, contextlib.nullcontext
+
+        monkeypatch.setattr(moco, "pick_device", join)
+        with pytest.raises(UserError, match="^--bn-splits 2: must be a multiple of .*3 processes"):
+            moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
+
+    def test_a_runs_seed_draws_the_crops_of_streamed_images(self, image_folder, tmp_path):
+        run = moco.Run(tiny_config(data=str(image_folder), workers=0, seed=7, size=16, out=str(tmp_path / "c.pt")))
+        (image,) = images_of(1, 40, 50)
+        expected = SplitTwoViews(Augment(size=16), seed=7).two_crops(image, 2, 3)
+        assert torch.equal(run.split_two_views.two_crops(image, 2, 3), expected)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+    def test_training_and_its_knn_compute_in_the_precision_of_the_run(self, few, tmp_path, precision):
+        run, seen = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), precision=precision, epochs=1)), set()
+        run.model.encoder_q.conv1.register_forward_hook(lambda conv, _, y: seen.add((conv.training, y.dtype)))
+        list(run.train())
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert seen == {(True, dtype), (False, dtype)}
+
     @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
     def test_a_model_is_built_as_configured(self, method):
         options = dict(moco_t=0.37, moco_k=48, moco_m=0.625, bank_m=0.375, moco_dim=12, stem="imagenet", size=33)
@@ -1998,12 +2100,13 @@ class TestRun:
             now += 2 if conv1.training else 3.5
 
         monkeypatch.setattr(moco, "time", types.SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: 0))
-        for stop in (8, None):
-            run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), knn_every=2, epochs=3, resume=now > 0))
+        for stop in (8, None):  # 6 of 40 images in each of 6 steps
+            options = dict(batch_size=6, knn_every=2, epochs=3, resume=now > 0)
+            run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), **options))
             run.model.encoder_q.conv1.register_forward_hook(work)
             list(run.train(lambda run=run, stop=stop: run.step == stop))
             now += 1000
-        assert [(row["images_per_s"], row["seconds"]) for row in run.rows] == [(4, 10), (4, 17), (4, 17)]
+        assert [(row["images_per_s"], row["seconds"]) for row in run.rows] == [(3, 12), (3, 19), (3, 19)]
 
 
 ODD = {  # what no run of 40 images and three epochs can have saved after two of them
@@ -2062,6 +2165,9 @@ class TestNeverLosingARun:
 
     def test_a_second_signal_acts_as_it_would_without_us(self):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        with moco.catch_signals(types.SimpleNamespace(waiting=False)):
+            pass
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         with moco.catch_signals(types.SimpleNamespace(waiting=False)) as received:
             assert signal.getsignal(signal.SIGINT) != handlers[0] and signal.getsignal(signal.SIGTERM) != handlers[1]
             signal.raise_signal(signal.SIGTERM)
@@ -2086,6 +2192,11 @@ class TestNeverLosingARun:
             (tmp_path / name).rename(tmp_path / rows)
         next(moco.Run(tiny_config(out=str(tmp_path / out), overwrite=True)).train())
         assert (tmp_path / rows).read_text() == "epoch,loss,lr,knn,images_per_s,seconds\n"
+
+    def test_another_rank_refuses_no_file_that_it_will_not_write(self, few, tmp_path, monkeypatch):
+        (tmp_path / "c.pt").touch()
+        monkeypatch.setattr(moco, "rank", lambda: 1)
+        moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
 
     def test_a_run_saves_every_epoch_and_within_it_every_so_many_seconds(self, few, tmp_path):
         run, saves = moco.Run(tiny_config(out=str(tmp_path / "c.pt"))), []
@@ -2152,6 +2263,12 @@ class TestNeverLosingARun:
         change = {name: ODD[name][i]}
         state = {"state": checkpoint["optimizer"]["state"] | {0: change}}
         torch.save(checkpoint | ({"optimizer": state} if name == "momentum_buffer" else change), tmp_path / "c.pt")
+        with pytest.raises(UserError, match="c.pt"):
+            list(training(tmp_path, resume=True, epochs=3))
+
+    def test_a_step_beyond_the_end_is_refused_with_rows_that_fit_it(self, few, tmp_path, checkpoint):
+        rows = [checkpoint["rows"][0] | {"epoch": i} for i in range(1, 20)]
+        torch.save(checkpoint | dict(step=99, rows=rows), tmp_path / "c.pt")
         with pytest.raises(UserError, match="c.pt"):
             list(training(tmp_path, resume=True, epochs=3))
 
@@ -2304,6 +2421,12 @@ class TestPictures:
             rows.append(torch.cat([queries.images[[i]], data.train.images[nearest]]) / 255)
         close(moco.draw_neighbors(pixels, data, config, contextlib.nullcontext), torch.stack(rows))
 
+    def test_views_has_the_options_of_its_preset_and_those_given(self, few, run, monkeypatch):
+        monkeypatch.setattr(moco, "draw_views", lambda _, config: seen.append(config) or torch.zeros(1, 1, 3, 96, 96))
+        seen = []
+        assert run("views", "x.png", *"--preset=v1 --data=shapes --size=64 --aug=v2".split())[0] == 0
+        assert seen == [Config.from_preset("v1", data="shapes", size=64, aug="v2", workers=0)]
+
     @pytest.mark.parametrize("command, size", [("views", (904, 804)), ("neighbors c.pt", (1104, 804))])
     def test_a_picture_is_a_png_that_replaces_a_file_only_if_told_to(self, run, checkpoint, folder, command, size):
         torch.save(checkpoint, "c.pt")
@@ -2328,15 +2451,18 @@ class TestCommandLine:
     @pytest.mark.parametrize("labeled", [True, False])
     def test_train_says_what_it_found_and_knn_measures_the_same(self, folder, run, labeled):
         place, said = (folder, f"8 to test on in {folder}/val; cpu") if labeled else (folder / "train", "no kNN: ")
-        first, epoch, last = run("train", *QUICK, f"--data={place}", "--epochs=1", "--out", "c c.pt")[1].splitlines()
+        precision = ["--precision=bf16"] if labeled else ["--precision=fp32"]
+        options = [*QUICK, f"--data={place}", "--epochs=1", "--out", "c c.pt", *precision]
+        first, epoch, last = run("train", *options)[1].splitlines()
         assert first.startswith(f"{place}: 20 images to train on in {folder}/train, {said}")
+        assert first.endswith(f"; cpu, {precision[0][-4:]}")
         top1 = re.fullmatch(r"epoch 1/1  loss \d+\.\d{4}  lr 0\.06  \d+ images/s  ETA 0 min(  kNN (.+) %)?", epoch)[2]
         assert last.startswith("c c.pt is complete; ")
-        status, out, err = run("knn", "c c.pt", "--device=cpu", "--json")
+        status, out, err = run("knn", "c c.pt", "--device=cpu", "--json", *precision)
         result = dict(head=False, knn_k=5, knn_t=0.1, data=str(folder), size=32, bank=20, queries=8, epoch=1)
         result |= dict(checkpoint="c c.pt", device="cpu", top1=float(top1 or 0))
         assert json.loads(out).items() >= result.items() if labeled else (status, err[:6]) == (2, "moco: ")
-        assert run("train", "--resume", "--device=cpu", "--out=c c.pt")[1].splitlines() == [first, last]
+        assert run("train", "--resume", "--device=cpu", "--out=c c.pt", *precision)[1].splitlines() == [first, last]
         assert moco.load_checkpoint("c c.pt")["config"]["workers"] == Config.workers  # which no checkpoint decides
 
     @pytest.mark.parametrize("command, head, options", [
@@ -2357,7 +2483,46 @@ class TestCommandLine:
         result = json.loads(run(*arguments, "--json")[1])
         settings = {x: getattr(config, x) for x in ("eval_size", "size", "head", "root")} | {"top1": top1}
         assert result.items() >= settings.items() and ("knn_k" in result) == (command == "knn")
-        assert run(*arguments)[1].lower().startswith(f"{command} top-1 {top1:.2f} %")
+        line = dict(
+            knn=f"kNN top-1 {{:.2f}} % (k {config.knn_k}, T {config.knn_t})\n", linear="linear top-1 {:.2f} %\n"
+        )
+        assert run(*arguments)[1] == line[command].format(top1)
+
+    @pytest.mark.parametrize("command", ["knn c.pt", "linear c.pt", "neighbors c.pt x.png --overwrite"])
+    def test_an_evaluation_computes_in_the_precision_asked_for(self, few, run, checkpoint, monkeypatch, command):
+        def features(encoder, x, original=ResNetEncoder.features):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return original(encoder, x)
+
+        monkeypatch.setattr(ResNetEncoder, "features", features)
+        torch.save(checkpoint, "c.pt")
+        for precision in ("fp32", "bf16"):
+            seen = set()
+            assert run(*command.split(), "--device=cpu", f"--precision={precision}")[0] == 0
+            assert seen == {precision == "bf16"}
+
+    def test_a_saved_head_is_evaluated(self, few, run, checkpoint):
+        torch.save(edited(checkpoint, dict(config=dict(head=True))), "c.pt")
+        assert isinstance(moco.load_for_evaluation("c.pt", {"device": "cpu"})[0].fc, nn.Sequential)
+
+    def test_a_signal_in_the_last_step_leaves_a_run_complete(self, few, run, monkeypatch):
+        end_epoch = moco.Run.end_epoch
+        monkeypatch.setattr(moco.Run, "end_epoch", lambda run: signal.raise_signal(signal.SIGTERM) or end_epoch(run))
+        status, out, _ = run("train", *QUICK, "--epochs=1")
+        assert status == 0 and "is complete" in out.splitlines()[-1]
+
+    @pytest.mark.parametrize("error, line", [
+        (RuntimeError("connection"), None),  # without another process, a bug
+        (PermissionError(13, "Permission denied", "c.csv"), "c.csv: Permission denied"), (OSError(28, "Full"), "Full"),
+    ])  # fmt: skip
+    def test_an_error_of_the_system_is_said_with_its_file(self, error, line):
+        assert moco.explain(error, []) == line
+
+    def test_a_command_leaves_the_group_of_processes(self, run, monkeypatch):
+        calls = []
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+        assert run("export", "no.pt", "x.pt")[0] == 2 and calls == [1]
 
     @pytest.mark.parametrize("stem, side", [("imagenet", 224), ("cifar", 32)])
     def test_a_checkpoint_without_options_is_evaluated_at_its_stems_size(
