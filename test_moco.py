@@ -2182,7 +2182,7 @@ class TestNeverLosingARun:
                 next(second.train())
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
-    @pytest.mark.parametrize("out, rows", [("c.pt", "c.csv"), ("m0.99", "m0.99.csv"), ("c.csv", "c.csv.csv")])
+    @pytest.mark.parametrize("out, rows", [("c.pt", "c.csv"), ("a.pt.b", "a.pt.b.csv"), ("c.csv", "c.csv.csv")])
     def test_a_run_replaces_no_file_unless_it_may(self, few, tmp_path, out, rows):
         for name in (out, rows):
             (tmp_path / name).write_text("of another run")
