@@ -645,7 +645,6 @@ class Config:
     epochs: Annotated[int, "passes over the images", FROM_1] = 100
     lr: Annotated[float, "peak learning rate", (1e-6, 100)] = 0.06
     wd: Annotated[float, "weight decay of SGD", (0, 10)] = 5e-4
-    warmup_epochs: Annotated[float, "epochs in which the learning rate rises from 0", FROM_0] = 0.0
     cos: Annotated[bool, "cosine decay of the learning rate, else --schedule"] = True
     schedule: Annotated[tuple, "with --no-cos, epochs at which lr is divided by 10", FROM_0] = (120, 160)
     precision: Annotated[str, "auto: bf16 if the hardware has it", ("auto", "bf16", "fp32")] = "auto"
@@ -701,7 +700,7 @@ IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet"
 IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
 TINY = dict(data="shapes", aug="v1", width=0.25, bn_splits=2, batch_size=64, moco_k=256, epochs=9)
 CPU = dict(arch="resnet10", width=0.5, size=24, eval_size=32, bn_splits=2, batch_size=256, epochs=44)
-CPU |= dict(moco_k=256, moco_m=0.9, optimizer="muon", warmup_epochs=1.5, knn_every=0)
+CPU |= dict(moco_k=256, moco_m=0.9, optimizer="muon", knn_every=0)
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "v1": dict(IMAGENET, aug="v1", mlp=False, moco_t=0.07, cos=False),
@@ -1173,12 +1172,9 @@ def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch
 
 
 def learning_rate(config: Config, epoch: float) -> float:
-    """Return the rate after `epoch` epochs: warmup, then cosine decay or ×0.1 at each of --schedule."""
-    warmup = config.warmup_epochs
-    if warmup and epoch <= warmup:
-        return config.lr * epoch / warmup
+    """Return the rate after `epoch` epochs: cosine decay, or ×0.1 at each of --schedule."""
     if config.cos:
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
+        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
 
 

@@ -1160,7 +1160,7 @@ EDGES = [  # the last value that means something, and one beyond
     ("moco_m", 0, -0.01), ("moco_m", 1, 1.01), ("bank_m", 0, -0.01), ("bank_m", 1, 1.01), ("wd", 0, -1e-9),
     ("moco_t", 0.01, 0), ("knn_t", 0.01, 0), ("lr", 1e-5, 0), ("width", 1 / 8, 0.12), ("seed", 0, -1),
     ("seed", 2**64 - 1, 2**64), ("moco_k", 1, 0), ("moco_dim", 1, 0), ("epochs", 1, 0), ("bn_splits", 1, 0),
-    ("batch_size", 16, 8), ("knn_k", 1, 0), ("workers", 0, -1), ("warmup_epochs", 0, -1), ("knn_every", 0, -1),
+    ("batch_size", 16, 8), ("knn_k", 1, 0), ("workers", 0, -1), ("knn_every", 0, -1),
     ("save_seconds", 0, -1), ("size", 9, 8), ("eval_size", 9, 8), ("eval_size", 0, -1), ("schedule", (), (-1,)),
 ]  # fmt: skip
 
@@ -1905,11 +1905,10 @@ def orthogonalized(x):
 class TestOptimization:
     @pytest.mark.parametrize("options, epochs, expected", [
         (dict(epochs=8), (0, 2, 4, 8), (1, 0.5 + 0.25 * math.sqrt(2), 0.5, 0)),
-        (dict(epochs=10, warmup_epochs=2), (0, 0.5, 2, 6, 10), (0, 0.25, 1, 0.5, 0)),
         (dict(preset="v1"), (0, 119.99, 120, 159.99, 160, 200), (1, 1, 0.1, 0.1, 0.01, 0.01)),
-        (dict(preset="v1", warmup_epochs=2, schedule=(5,)), (1, 2, 4, 5), (0.5, 1, 1, 0.1)),
+        (dict(preset="v1", schedule=(5,)), (0, 4, 5), (1, 1, 0.1)),
     ])  # fmt: skip
-    def test_the_learning_rate_warms_up_and_decays_by_a_cosine_or_a_schedule(self, options, epochs, expected):
+    def test_the_learning_rate_decays_by_a_cosine_or_a_schedule(self, options, epochs, expected):
         config = Config.from_preset(**options, lr=0.4)
         close(torch.tensor([moco.learning_rate(config, e) for e in epochs]), 0.4 * torch.tensor(expected))
 
@@ -2619,7 +2618,7 @@ class TestCommandLine:
                     signal.raise_signal(signal.SIGTERM)
 
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Stopping))
-        options = "--epochs 3 --warmup-epochs 1 --no-cos --schedule 2 --schedule 4 --tensorboard".split()
+        options = "--epochs 3 --no-cos --schedule 2 --schedule 4 --tensorboard".split()
         command = ["train", *QUICK, *options, "the events"]
         for step, resume in (5, []), (10, ["--resume"]):
             status, out, _ = run(*command, *resume)
