@@ -794,23 +794,32 @@ def ignore_signals(_: int) -> None:
 
 
 def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images, cropped by `crop`, and the indices of each batch (epoch, indices (N,)).
+    """Return an iterator of images, cropped by `crop`, and indices, one per batch (epoch, indices (N,)).
     Raises UserError for an image that cannot be read."""
     options = dict(num_workers=split.workers, worker_init_fn=ignore_signals)
     if split.workers:
         options |= dict(timeout=300, pin_memory=split.device.type == "cuda")
-    iterator = iter(DataLoader(replace(split, crop=crop), None, sampler=batches, **options))
-    try:
-        for batch in iterator:
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch[0].to(split.device, non_blocking=True), batch[1]
-    finally:
-        for worker in getattr(iterator, "_workers", []):
-            with contextlib.suppress(RuntimeError):  # torch's, about a worker that was killed
-                worker.kill()  # it may be blocked: torch would wait for it
-                worker.join()
-        del iterator  # an exception's traceback would keep it alive
+    loader = DataLoader(replace(split, crop=crop), None, sampler=batches, **options)
+    iterator = iter(loader)  # starts the workers now: a signal may interrupt the wait for a batch
+
+    def generate() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal iterator
+        try:
+            yield torch.empty(0), torch.empty(0)  # now `finally` is reached even if no batch is wanted
+            for batch in iterator:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch[0].to(split.device, non_blocking=True), batch[1]
+        finally:
+            for worker in getattr(iterator, "_workers", []):
+                with contextlib.suppress(RuntimeError):  # torch's, about a worker that was killed
+                    worker.kill()  # it may be blocked: torch would wait for it
+                    worker.join()
+            del iterator  # an exception's traceback would keep it alive
+
+    generator = generate()
+    next(generator)
+    return generator
 
 
 @dataclass

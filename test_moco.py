@@ -2158,6 +2158,20 @@ class TestNeverLosingARun:
         assert train_and_signal(tmp_path, options, signal.SIGTERM, 1, "light/9.png") == 143
         assert saved(tmp_path)["step"] == 0
 
+    def test_a_signal_while_workers_start_ends_the_run(self, folder, tmp_path):
+        (fifo := folder / "train" / "light" / "9.png").unlink()
+        os.mkfifo(fifo)
+        slow = """
+import time, torch.utils.data.dataloader as loaders
+class Slow(loaders._MultiProcessingDataLoaderIter):
+    def __init__(self, loader):
+        super().__init__(loader)
+        time.sleep(1)
+loaders._MultiProcessingDataLoaderIter = Slow
+"""
+        names = dict(options=flags(folder, batch_size=20, workers=1), number=signal.SIGTERM, moment=1)
+        assert statuses(slow + TRAIN, tmp_path, watched="light/9.png", **names) == [143]
+
     def test_a_worker_that_is_killed_costs_a_line(self, image_folder, tmp_path):
         assert train_and_signal(tmp_path, flags(image_folder, workers=1), signal.SIGKILL, 1, "light/9.png") == 2
         assert re.fullmatch("moco: a process that reads images died, .*--workers 0\n", (tmp_path / "err").read_text())
