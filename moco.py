@@ -768,7 +768,7 @@ class Split(Dataset):
             images = torch.stack(crops, dim=-4)
             # If sharing failed after the return, the DataLoader would wait for ever.
             return images.share_memory_() if get_worker_info() else images, indices
-        except Exception as error:  # raised by `load_batches`, without a worker's traceback
+        except Exception as error:  # raised by `receive`, without a worker's traceback
             return error
 
 
@@ -793,33 +793,27 @@ def ignore_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an iterator of images, cropped by `crop`, and indices, one per batch (epoch, indices (N,)).
-    Raises UserError for an image that cannot be read."""
+@contextlib.contextmanager
+def load_batches(split: Split, batches: Iterable, crop: Callable) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Open an iterator over the images, cropped by `crop`, and indices of each batch (epoch, indices (N,)).
+    The iterator raises UserError for an image that cannot be read."""
     options = dict(num_workers=split.workers, worker_init_fn=ignore_signals)
     if split.workers:
         options |= dict(timeout=300, pin_memory=split.device.type == "cuda")
-    loader = DataLoader(replace(split, crop=crop), None, sampler=batches, **options)
-    iterator = iter(loader)  # starts the workers now: a signal may interrupt the wait for a batch
+    iterator = iter(DataLoader(replace(split, crop=crop), None, sampler=batches, **options))
 
-    def generate() -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal iterator
-        try:
-            yield torch.empty(0), torch.empty(0)  # now `finally` is reached even if no batch is wanted
-            for batch in iterator:
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch[0].to(split.device, non_blocking=True), batch[1]
-        finally:
-            for worker in getattr(iterator, "_workers", []):
-                with contextlib.suppress(RuntimeError):  # torch's, about a worker that was killed
-                    worker.kill()  # it may be blocked: torch would wait for it
-                    worker.join()
-            del iterator  # an exception's traceback would keep it alive
+    def receive(batch: tuple[Tensor, Tensor] | Exception) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, Exception):
+            raise batch
+        return batch[0].to(split.device, non_blocking=True), batch[1]
 
-    generator = generate()
-    next(generator)
-    return generator
+    try:
+        yield map(receive, iterator)
+    finally:
+        for worker in getattr(iterator, "_workers", []):
+            with contextlib.suppress(RuntimeError):  # torch's, about a worker that was killed
+                worker.kill()  # it may be blocked: torch would wait for it
+                worker.join()
 
 
 @dataclass
@@ -977,11 +971,8 @@ def extract_features(encoder: nn.Module, split: Split, config: Config, autocast:
     embed_batch = encoder if config.head else encoder.features
     was_training = encoder.training
     encoder.eval()
-    with autocast():
-        features = [
-            embed_batch(augment.normalize(images / 255)).float()
-            for images, _ in load_batches(split, batches, augment.center_crop)
-        ]
+    with autocast(), load_batches(split, batches, augment.center_crop) as loaded:
+        features = [embed_batch(augment.normalize(images / 255)).float() for images, _ in loaded]
     encoder.train(was_training)
     return all_gather(torch.cat(features))[: len(split)]
 
@@ -1299,8 +1290,7 @@ class Run:
             Path(self.csv_path).touch(exist_ok=self.config.resume or self.config.overwrite)
         self.save()
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
-        batches = load_batches(self.data.train, plan, self.split_two_views.two_crops)
-        with contextlib.closing(batches):
+        with load_batches(self.data.train, plan, self.split_two_views.two_crops) as batches:
             while batch := self.next_batch(batches, stop):
                 self.take_step(*batch)
                 row = self.end_epoch() if self.step % self.steps_per_epoch == 0 else None
@@ -1451,11 +1441,13 @@ def draw_views(data: Data, config: Config) -> Tensor:
     split_two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     augment = split_two_views.augment
     chosen = torch.randperm(len(data.train), generator=rng("picture", config.seed))[:8]
-    columns = [x / 255 for x, _ in load_batches(data.train, [(0, chosen)], augment.center_crop)]
+    with load_batches(data.train, [(0, chosen)], augment.center_crop) as batches:
+        columns = [images / 255 for images, _ in batches]
     plan = [(step, chosen) for step in range(4)]
-    for step, (images, _) in enumerate(load_batches(data.train, plan, split_two_views.two_crops)):
-        views = split_two_views(images, rng("step", config.seed, step))
-        columns += [view * augment.std + augment.mean for view in views]
+    with load_batches(data.train, plan, split_two_views.two_crops) as batches:
+        for step, (images, _) in enumerate(batches):
+            views = split_two_views(images, rng("step", config.seed, step))
+            columns += [view * augment.std + augment.mean for view in views]
     return torch.stack(columns, 1)
 
 
@@ -1472,8 +1464,9 @@ def draw_neighbors(encoder: nn.Module, data: Data, config: Config, autocast: Cal
     neighbors = similarity.topk(min(10, len(bank) - (data.test is None))).indices.cpu()
     crop = Augment(config.aug, config.eval_size or config.size).center_crop
     plan = [(0, column) for column in neighbors.T]
-    images = [*load_batches(queries, [(0, chosen)], crop), *load_batches(data.train, plan, crop)]
-    return torch.stack([x for x, _ in images], 1).cpu() / 255
+    with load_batches(queries, [(0, chosen)], crop) as first, load_batches(data.train, plan, crop) as others:
+        images = [x for x, _ in (*first, *others)]
+    return torch.stack(images, 1).cpu() / 255
 
 
 def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:

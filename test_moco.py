@@ -618,7 +618,7 @@ class TestCuda:
             run.device, run.autocast = torch.device("cuda"), CUDA_BF16
             run.losses = torch.empty(run.losses.shape, device="cuda")
             split = Split(torch.empty(40, 3, 32, 32, dtype=torch.uint8, device="cuda"), None, run.device)
-            ((images, indices),) = moco.load_batches(split, [(0, torch.arange(8))], run.split_two_views.two_crops)
+            images, indices = batch_of(split, range(8), run.split_two_views.two_crops), torch.arange(8)
             run.take_step(images, indices)
             run.take_step(torch.stack([images, images]), indices)  # as streamed: two crops
         state = [x for buffers in run.optimizer.state.values() for x in buffers.values()]
@@ -1277,8 +1277,9 @@ def paths_of(split):
     return [os.fsdecode(path) for path in split.images]
 
 
-def batch_of(split, indices, crop=lambda image, *_: image):
-    ((images, _),) = moco.load_batches(split, [(0, torch.tensor(indices))], crop)
+def batch_of(split, indices, crop=lambda image, *_: image, epoch=0):
+    with moco.load_batches(split, [(epoch, torch.tensor(indices))], crop) as batches:
+        ((images, _),) = batches
     return images
 
 
@@ -1469,7 +1470,8 @@ class TestData:
     def test_a_streamed_batch_has_the_two_crops_of_each_image(self, image_folder, workers):
         data, views = load_folder(image_folder, workers=workers), SplitTwoViews(Augment(size=16), seed=3)
         plan = [(0, torch.tensor([1, 4])), (5, torch.tensor([4, 0, 2])), (6, torch.arange(20))]
-        batches = moco.load_batches(data.train, iter(plan), views.two_crops)
+        with moco.load_batches(data.train, iter(plan), views.two_crops) as batches:
+            batches = list(batches)
         for (epoch, indices), (batch, numbers) in zip(plan, batches, strict=True):
             assert batch.dtype == torch.uint8 and torch.equal(numbers, indices)
             for i, crops in zip(indices.tolist(), batch.transpose(0, 1), strict=True):
@@ -1480,7 +1482,8 @@ class TestData:
 
     def test_a_batch_in_memory_has_the_images_in_the_order_of_their_indices(self):
         plan = [(0, torch.tensor([3, 1])), (1, torch.tensor([4, 0, 4]))]
-        batches = moco.load_batches(split_of(images_of(5)), plan, SplitTwoViews(Augment(size=16)).two_crops)
+        with moco.load_batches(split_of(images_of(5)), plan, SplitTwoViews(Augment(size=16)).two_crops) as batches:
+            batches = list(batches)
         for (_, indices), (images, numbers) in zip(plan, batches, strict=True):
             assert torch.equal(images, images_of(5)[indices]) and torch.equal(numbers, indices)
 
@@ -2412,10 +2415,9 @@ class TestPictures:
         config = tiny_config(**dict(data=str(image_folder)) if streamed else {}, workers=0, aug="v1", size=24, seed=3)
         data, augment = moco.load_data(config, CPU), Augment("v1", 24)
         chosen, two_views = torch.randperm(len(data.train), generator=rng("picture", 3))[:8], SplitTwoViews(augment, 3)
-        ((images, _),) = moco.load_batches(data.train, [(0, chosen)], augment.center_crop)
-        columns = [images / 255]
+        columns = [batch_of(data.train, chosen.tolist(), augment.center_crop) / 255]
         for step in range(4):
-            ((images, _),) = moco.load_batches(data.train, [(step, chosen)], two_views.two_crops)
+            images = batch_of(data.train, chosen.tolist(), two_views.two_crops, step)
             columns += [x * augment.std + augment.mean for x in two_views(images, rng("step", 3, step))]
         close(moco.draw_views(data, config), torch.stack(columns, 1))
 
