@@ -294,7 +294,7 @@ class TestInfoNCE:
         close(loss, info_nce(q.double(), k.double(), negatives.double(), t), atol=1e-5)
 
     @given(SEEDS, TEMPERATURES)
-    def test_inputs_in_bf16_are_computed_with_in_float32(self, seed, t):
+    def test_bf16_inputs_are_computed_in_float32(self, seed, t):
         q, k, negatives = (unit(n, 16, seed + n).bfloat16() for n in (4, 4, 9))
         close(info_nce(q, k, negatives.T, t), info_nce(q.double(), k.double(), negatives.T.double(), t))
 
@@ -1532,7 +1532,7 @@ class TestData:
             moco.read_image(path)
 
     @pytest.mark.parametrize("stream", [True, False])
-    def test_images_come_onto_the_device_those_in_memory_once(self, tmp_path, stream):
+    def test_images_come_onto_the_device(self, tmp_path, stream):
         place_images(tmp_path, "train/a/0 val/a/1")
         data = load_folder(tmp_path, stream, device=torch.device("meta"))
         for split in (data.train, data.test):
@@ -2246,7 +2246,7 @@ loaders._MultiProcessingDataLoaderIter = Slow
             list(steps)
 
     @pytest.mark.parametrize("bad", ["val/dark/3.png", "train/light/9.png"])
-    def test_an_image_that_cannot_be_read_costs_a_line_and_once_it_is_replaced_nothing(self, folder, tmp_path, bad):
+    def test_a_run_stopped_by_an_unreadable_image_goes_on_once_it_is_replaced(self, folder, tmp_path, bad):
         options = dict(data=str(folder), workers=1, size=16, knn_every=1)
         list(moco.Run(tiny_config(out=str(tmp_path / "never.pt"), **options)).train())
         image = (folder / bad).read_bytes()
@@ -2530,7 +2530,7 @@ class TestCommandLine:
         (RuntimeError("connection"), None),  # without another process, a bug
         (PermissionError(13, "Permission denied", "c.csv"), "c.csv: Permission denied"), (OSError(28, "Full"), "Full"),
     ])  # fmt: skip
-    def test_an_error_of_the_system_is_said_with_its_file(self, error, line):
+    def test_a_system_error_is_shown_with_its_file(self, error, line):
         assert moco.explain(error, []) == line
 
     def test_a_command_leaves_the_group_of_processes(self, run, monkeypatch):
