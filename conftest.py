@@ -24,7 +24,8 @@ class TorchRandom:
 torch_random = TorchRandom()  # hypothesis holds it by a weak reference
 register_random(torch_random)
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
