@@ -1,6 +1,7 @@
 """Hypothesis profiles, the devices to test on, and fixtures that several tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import register_random, settings
 
 import moco
 
-settings.register_profile("dev", deadline=None, max_examples=15)
+settings.register_profile("dev", deadline=None, max_examples=25)
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
@@ -23,6 +24,10 @@ class TorchRandom:
 
 torch_random = TorchRandom()  # hypothesis holds it by a weak reference
 register_random(torch_random)
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as a job in the background inherits them
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
