@@ -24,6 +24,7 @@ test_moco.py is the specification.
 
 import contextlib
 import copy
+import csv
 import ctypes
 import hashlib
 import inspect
@@ -39,11 +40,11 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -54,15 +55,13 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image, ImageMode
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 __version__ = "0.3.0"
 
+
 # ────────────────────────────────── Random numbers and processes ──────────────────────────────────
-
-
 def rng(*key: int | str) -> Generator:
     """Return a CPU generator seeded by the key alone, e.g. ("step", seed, step)."""
     # The digest has 4 bytes, since torch's generator uses 32 bits of its seed.
@@ -116,15 +115,11 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 # ──────────────────────────────────────────── Contrast ────────────────────────────────────────────
-
-
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor | None = None) -> Tensor:
     """Return InfoNCE, MoCo eq. 1: −q·k₊/T + log( exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T) ), the mean over N. q, k (N,C): unit
     rows; negatives (C,K): unit columns; ignore (N,K): True where one does not count. Equals cross-entropy over the K+1
-    logits [q·k₊, q·kᵢ]/T with label 0, in float32 or float64 under any autocast. Raises ValueError if q and negatives
-    differ in C, TypeError if q and k differ in shape."""
-    if q.shape[1] != len(negatives):
-        raise ValueError(f"queries have {q.shape[1]} dimensions, but dim is {len(negatives)}")
+    logits [q·k₊, q·kᵢ]/T with label 0, in float32 or float64 under any autocast. Raises TypeError if q and k differ in
+    shape."""
     if q.shape != k.shape:
         raise TypeError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the same shape")
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -194,7 +189,7 @@ class MoCo(nn.Module):
     def dequeue_and_enqueue(self, keys: Tensor) -> None:
         """Replace the queue's oldest keys by keys (N,C), for any N; if N > K, the newest K stay."""
         columns = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
-        # The last K, since index_copy_ does not say which of two writes to one column wins.
+        # Only the last K: of two writes to one column, index_copy_ does not say which wins.
         self.queue.index_copy_(1, columns[-self.K :], keys[-self.K :].T.to(self.queue))
         self.queue_ptr.add_(len(keys)).remainder_(self.K)
 
@@ -283,8 +278,6 @@ class SimCLR(EndToEnd):
 
 
 # ──────────────────────────────────────────── Encoder ─────────────────────────────────────────────
-
-
 class SplitBatchNorm(nn.BatchNorm2d):
     """Normalize `num_splits` contiguous groups of the batch separately, as that many GPUs would. The running
     statistics move once per forward, by the mean of the groups' statistics. Eval mode, names and options are
@@ -589,12 +582,10 @@ class SplitTwoViews:
 
 
 # ───────────────────────────────────────────── A step ─────────────────────────────────────────────
-
-
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    split_two_views: Callable[[Tensor, Generator], tuple[Tensor, Tensor]],
+    split_two_views: Callable,
     images: Tensor,
     generator: Generator,
     indices: Tensor | None = None,
@@ -613,8 +604,6 @@ def train_step(
 
 
 # ─────────────────────────────────────────── Evaluation ───────────────────────────────────────────
-
-
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
     """Return labels (N,) int64 by weighted kNN: the k nearest of bank (M,D) vote, 1805.01978. A neighbor at cosine
     similarity s has exp(s/T) votes; if the bank has fewer than k, all vote. Similarities are computed in chunks of at
@@ -667,61 +656,51 @@ class UserError(ValueError):
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
-def option(panel: str, text: str, low: float | None = None, high: float = 2**31) -> Any:
-    """Describe an option for --help; Typer refuses a number that is not from low to high."""
-    return typer.Option(help=text, rich_help_panel=panel, min=low, max=None if low is None else high)
-
-
-METHOD = partial(option, "Method")
-ENCODER = partial(option, "Encoder")
-VIEWS = partial(option, "Views and batches")
-TRAINING = partial(option, "Training")
-EVALUATION = partial(option, "Evaluation")
-FILES = partial(option, "Files and hardware")
-METHODS = ("moco", "end-to-end", "memory-bank", "simclr")
+def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
+    """Declare an option and its --help; Typer refuses a number that is not from low to high."""
+    return field(default=default, metadata={"typer": typer.Option(help=text, min=low, max=high)})
 
 
 @dataclass
 class Config:
     """Hold the options of a run. Raises UserError for values that do not go together."""
 
-    preset: Annotated[Literal["cifar10", "v1", "v2", "tiny", "cpu"], METHOD("defaults to start from")] = "cifar10"
-    method: Annotated[Literal[METHODS], METHOD("what queries are contrasted with")] = "moco"
-    moco_dim: Annotated[int, METHOD("C, dimension of the embedding", 1)] = 128
-    moco_k: Annotated[int, METHOD("K, keys in the queue; smaller if the images are few", 1)] = 4096
-    moco_m: Annotated[float, METHOD("m, momentum of the key encoder; larger for a longer queue", 0, 1)] = 0.99
-    moco_t: Annotated[float, METHOD("T, temperature of the loss", 1e-3)] = 0.1
-    symmetric: Annotated[bool, METHOD("query with both views and add the two losses")] = False
-    bank_m: Annotated[float, METHOD("momentum of the memory bank's rows", 0, 1)] = 0.5
-    seed: Annotated[int, METHOD("seed of weights, order, views and shuffles", 0)] = 0
-    arch: Annotated[Literal[tuple(ARCHS)], ENCODER("backbone")] = "resnet18"
-    stem: Annotated[Literal[tuple(STEMS)], ENCODER("3x3, or 7x7 with stride 2 and max-pool")] = "cifar"
-    width: Annotated[float, ENCODER("factor on all channels", 1 / 8, 16)] = 1.0
-    mlp: Annotated[bool, ENCODER("2-layer head (v2), else a linear one (v1)")] = True
-    bn_splits: Annotated[int, ENCODER("groups that BatchNorm normalizes separately (simulated GPUs)", 1)] = 8
-    aug: Annotated[Literal[tuple(RECIPES)], VIEWS("recipe of the views")] = "cifar"
-    size: Annotated[int, VIEWS("side of a view in pixels", 1)] = 32
-    batch_size: Annotated[int, VIEWS("images per step, of all processes", 2)] = 512
-    data: Annotated[str, TRAINING("cifar10, cifar100, shapes (built in) or a folder of images")] = "cifar10"
-    epochs: Annotated[int, TRAINING("passes over the images", 1)] = 100
-    lr: Annotated[float, TRAINING("peak learning rate; in proportion to the batch size", 0)] = 0.06
-    wd: Annotated[float, TRAINING("weight decay", 0)] = 5e-4
-    cos: Annotated[bool, TRAINING("cosine decay of the learning rate, else --schedule")] = True
-    schedule: Annotated[list[int], TRAINING("epoch at which lr is divided by 10; repeat it for more", 0)] = (120, 160)
-    precision: Annotated[Literal["auto", "bf16", "fp32"], TRAINING("auto: bf16 if the hardware is fast at it")] = "auto"
-    knn_every: Annotated[int, EVALUATION("epochs between kNN evaluations; 0: only at the end", 0)] = 10
-    knn_k: Annotated[int, EVALUATION("neighbors that vote", 1)] = 200
-    knn_t: Annotated[float, EVALUATION("temperature of their votes", 1e-3)] = 0.1
-    head: Annotated[bool, EVALUATION("evaluate the output of the head, not the pooled features")] = False
-    out: Annotated[str, FILES("checkpoint to write, with a .csv of the epochs beside it")] = "ckpt.pt"
-    resume: Annotated[bool, FILES("continue the run that wrote --out, if there is one, with its options")] = False
-    overwrite: Annotated[bool, FILES("replace files that exist")] = False
-    save_seconds: Annotated[float, FILES("seconds between saves within an epoch", 0)] = 300.0
-    root: Annotated[str, FILES("folder for the downloads of cifar10 and cifar100")] = "data"
-    workers: Annotated[int, FILES("per process, workers that read a folder's images", 0)] = 2
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], FILES("where to compute")] = "auto"
-    compile: Annotated[bool, FILES("torch.compile the encoders")] = False
-    json: Annotated[bool, FILES("print JSON objects, one per line")] = False
+    preset: Literal["cifar10", "v1", "v2", "tiny", "cpu"] = option("cifar10", "defaults to start from")
+    method: Literal["moco", "end-to-end", "memory-bank", "simclr"] = option("moco", "what queries are contrasted with")
+    moco_dim: int = option(128, "C, dimension of the embedding", 1)
+    moco_k: int = option(4096, "K, keys in the queue; smaller if the images are few", 1)
+    moco_m: float = option(0.99, "m, momentum of the key encoder; larger for a longer queue", 0, 1)
+    moco_t: float = option(0.1, "T, temperature of the loss", 1e-3)
+    symmetric: bool = option(False, "query with both views and add the two losses")
+    seed: int = option(0, "seed of weights, order, views and shuffles", 0)
+    arch: Literal[tuple(ARCHS)] = option("resnet18", "backbone")
+    stem: Literal[tuple(STEMS)] = option("cifar", "3x3, or 7x7 with stride 2 and max-pool")
+    width: float = option(1.0, "factor on all channels", 1 / 8, 16)
+    mlp: bool = option(True, "2-layer head (v2), else a linear one (v1)")
+    bn_splits: int = option(8, "groups that BatchNorm normalizes separately (simulated GPUs)", 1)
+    aug: Literal[tuple(RECIPES)] = option("cifar", "recipe of the views")
+    size: int = option(32, "side of a view in pixels", 1)
+    batch_size: int = option(512, "images per step, of all processes", 2)
+    data: str = option("cifar10", "cifar10, cifar100, shapes (built in) or a folder of images")
+    epochs: int = option(100, "passes over the images", 1)
+    lr: float = option(0.06, "peak learning rate; in proportion to the batch size", 0)
+    wd: float = option(5e-4, "weight decay", 0)
+    cos: bool = option(True, "cosine decay of the learning rate, else --schedule")
+    schedule: list[int] = option((120, 160), "epoch at which lr is divided by 10; repeat it for more", 0)
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 if the hardware is fast at it")
+    knn_every: int = option(10, "epochs between kNN evaluations; 0: only at the end", 0)
+    knn_k: int = option(200, "neighbors that vote", 1)
+    knn_t: float = option(0.1, "temperature of their votes", 1e-3)
+    head: bool = option(False, "evaluate the output of the head, not the pooled features")
+    out: str = option("ckpt.pt", "checkpoint to write, with a .csv of the epochs beside it")
+    resume: bool = option(False, "continue the run that wrote --out, if there is one, with its options")
+    overwrite: bool = option(False, "replace files that exist")
+    save_seconds: float = option(300.0, "seconds between saves within an epoch", 0)
+    root: str = option("data", "folder for the downloads of cifar10 and cifar100")
+    workers: int = option(2, "per process, workers that read a folder's images", 0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
+    compile: bool = option(False, "torch.compile the encoders")
+    json: bool = option(False, "print JSON objects, one per line")
 
     @classmethod
     def from_preset(cls, preset: str = "cifar10", **explicit: Any) -> "Config":
@@ -729,11 +708,8 @@ class Config:
         return cls(**{**PRESETS[preset], "preset": preset, **explicit})
 
     def __post_init__(self) -> None:
-        for name in HINTS:  # a checkpoint holds plain values: no number of NumPy, no Path, no list
-            value = type(getattr(Config, name))(getattr(self, name))
-            setattr(self, name, value)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag(name)} {value}: must be finite")
+        for x in fields(self):  # a checkpoint holds plain values: no number of NumPy, no Path, no list
+            setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         splits = self.bn_splits
         if self.symmetric and self.method != "moco":
             raise UserError(f"--symmetric: not with --method {self.method}; give --no-symmetric")
@@ -747,16 +723,15 @@ class Config:
             raise UserError(f"--size {self.size}: --stem {self.stem} needs at least {smallest}")
 
 
-HINTS = get_type_hints(Config, include_extras=True)
+HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
 # What --resume may not change: these decide what the checkpoint's tensors mean.
-FIXED = "preset method moco_dim moco_k moco_m moco_t symmetric bank_m seed arch stem width mlp bn_splits aug size "
-FIXED += "batch_size"
+FIXED = "preset method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits aug size batch_size"
 # What no checkpoint decides: how to run.
 RUNTIME = "out resume overwrite save_seconds root workers device compile json"
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
 IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
 TINY = dict(data="shapes", aug="v1", width=0.25, bn_splits=2, batch_size=64, moco_k=256, epochs=9)
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS = {
     "cifar10": {},
     "v1": dict(IMAGENET, aug="v1", mlp=False, moco_t=0.07, cos=False),
     "v2": dict(IMAGENET, aug="v2", moco_t=0.2),
@@ -771,8 +746,6 @@ def flag(name: str) -> str:
 
 
 # ────────────────────────────────────────────── Data ──────────────────────────────────────────────
-
-
 @dataclass
 class InMemory:
     """Hold images uint8 (M,3,H,W) of one size on the device, and labels (M,) int64, if any."""
@@ -783,7 +756,7 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, plan: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, plan: Iterable, crop: Callable) -> Iterator:
         """Yield crop(images, epoch, indices) and indices for each (epoch, indices (N,)) of a plan."""
         for epoch, indices in plan:
             images = self.images[indices.to(self.images.device, non_blocking=True)]
@@ -803,22 +776,31 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batches(self, plan: Iterable, crop: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, plan: Iterable, crop: Callable) -> Iterator:
         """Yield what InMemory.batches does, but of crop(image, epoch, index) for each image (3,H,W). Raises UserError
         for an image that cannot be read."""
         pin_memory = self.workers > 0 and self.device.type == "cuda"
         options = dict(num_workers=self.workers, worker_init_fn=outlive_signals, pin_memory=pin_memory)
+        options["generator"] = Generator()  # else the loader draws from the global one
         # A copy, since training and its evaluation crop in two ways.
-        for images, indices in DataLoader(replace(self, crop=crop), None, sampler=plan, **options):
-            yield images.to(self.device, non_blocking=True), indices
+        loader = iter(DataLoader(replace(self, crop=crop), batch_size=None, sampler=plan, **options))
+        try:
+            for images, indices in loader:
+                yield images.to(self.device, non_blocking=True), indices
+        finally:
+            if self.workers:  # else an error's traceback keeps them, and Python waits for them when it ends
+                loader._shutdown_workers()
 
     def __getitem__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         epoch, indices = batch
         crops = [self.crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
-        images = torch.stack(crops, dim=-4)
+        images = torch.stack(crops, dim=-4)  # of two views (2,3,S,S) each: (2,N,3,S,S)
         if get_worker_info():
             images.share_memory_()  # if this failed after the return, the DataLoader would wait for ever
         return images, indices
+
+
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
 
 
 def outlive_signals(_: int) -> None:
@@ -829,7 +811,7 @@ def outlive_signals(_: int) -> None:
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-SUFFIXES = {suffix: name for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 MEMORY = 2**30  # bytes
 
 
@@ -840,7 +822,7 @@ def read_image(path: bytes) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, for every image of every epoch
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=[*SUFFIXES.values()]) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if np.dtype(ImageMode.getmode(image.mode).typestr).itemsize > 1:
                     raise ValueError("more than 8 bits per channel")
                 return tvf.pil_to_tensor(image.convert("RGB"))
@@ -866,12 +848,9 @@ def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
     if config.data not in ("shapes", "cifar10", "cifar100"):
         return load_folder(config, device)
-    splits = []
-    for train in (True, False):
-        images, labels = shapes(train) if config.data == "shapes" else cifar(config, train)
-        splits.append(InMemory(images.to(device), labels))
-    description = f"{len(splits[0])} images to train on, {len(splits[1])} to test on"
-    return Data(*splits, description, config.data)
+    read = shapes if config.data == "shapes" else partial(cifar, config)
+    train, test = (InMemory(images.to(device), labels) for images, labels in map(read, (True, False)))
+    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
 
 
 def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
@@ -883,42 +862,42 @@ def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
     except (OSError, RuntimeError) as error:
         advice = "give --data shapes, or a folder of images"
         raise UserError(f"--data {config.data}: not in --root, and no download ({error}); {advice}") from error
-    finally:
+    finally:  # after an error, too: the other ranks wait for it
         if rank() == 0 and world_size() > 1:
             dist.barrier()
     return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
 
 
-def find_images(folder: str, label: str = "", visited: set[str] | None = None) -> dict[str, str]:
-    """Return the images below a folder, each with its class: the first folder on its way, or "". Hidden files and
-    folders are left out, links are followed. Raises OSError for what cannot be read."""
-    place = os.path.realpath(folder)
-    # No folder is visited twice, since links can form loops; nor those above, which hold the other split.
-    visited = visited or set(map(str, Path(place).parents))
-    if place in visited:
-        return {}
-    visited.add(place)
-    found = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name[0] == ".":
+def find_images(root: str) -> list[str]:
+    """Return the sorted paths, from root, of the images below it. Hidden files and folders are left out, links are
+    followed. Raises OSError for what cannot be read."""
+    found = []
+    folders = [root]
+    # No folder is read twice, since links can form loops; nor those above root.
+    visited = set(map(str, Path(os.path.realpath(root)).parents))
+    for folder in folders:  # which grows: a folder comes before all deeper ones, and before links to it from there
+        place = os.path.realpath(folder)
+        if place in visited:
             continue
-        if entry.is_dir():
-            found |= find_images(entry.path, label or entry.name, visited)
-        elif entry.name.lower().endswith(tuple(SUFFIXES)) and stat.S_ISREG(entry.stat().st_mode):
-            found[entry.path] = label  # but no named pipe: to read one is to wait for ever
-    return found
+        visited.add(place)
+        for entry in sorted(os.scandir(folder), key=os.fspath):
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES) and stat.S_ISREG(entry.stat().st_mode):
+                found.append(os.path.relpath(entry.path, root))  # but no named pipe: to read one is to wait for ever
+    return sorted(found)
 
 
-def find_split(root: str, kind: str) -> tuple[str, dict[str, str]]:
-    """Return path and images of the subfolder called `kind`, else of the one whose name begins so, if any. Raises
-    UserError if two fit equally well."""
-    paths = [x.path for x in os.scandir(root) if x.is_dir() and x.name.lower().startswith(kind)]
-    found = {path: images for path in sorted(paths) if (images := find_images(path))}
-    exact = {path: images for path, images in found.items() if os.path.basename(path).lower() == kind}
-    found = exact or found
-    if len(found) > 1:
-        raise UserError(f"--data {root}: {' and '.join(found)} fit equally well; rename all but one")
-    return next(iter(found.items()), ("", {}))
+def find_split(tops: set[str], kind: str) -> str:
+    """Return which of the folders `tops` is called `kind`, else which one's name begins so, else "". Raises UserError
+    if two fit equally well."""
+    fitting = sorted(top for top in tops if top.lower().startswith(kind))
+    fitting = [top for top in fitting if top.lower() == kind + os.sep] or fitting
+    if len(fitting) > 1:
+        raise UserError(f"--data: {' and '.join(fitting)} fit equally well; rename all but one")
+    return fitting[0] if fitting else ""
 
 
 def load_folder(config: Config, device: torch.device) -> Data:
@@ -927,40 +906,38 @@ def load_folder(config: Config, device: torch.device) -> Data:
     root = config.data
     if not os.path.isdir(root):
         raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
-    top, train = find_split(root, "train")
-    test_top, test = find_split(root, "val")
-    if not test:
-        test_top, test = find_split(root, "test")
-    folders = [x for x in os.scandir(root) if x.is_dir() and x.name[0] != "."]
-    others = [x.name for x in folders if x.path not in (top, test_top)]
-    if not train:
-        top, train, test, others = root, find_images(root), {}, []
-    if not train:
+    found = find_images(root)
+    if not found:
         raise UserError(f"--data {root}: no images; looked for {' '.join(SUFFIXES)}")
-    classes = sorted(set(train.values()) - {""})
-    labeled = not set(test.values()).isdisjoint(classes)
-    for path, label in (train | test).items():
-        if labeled and label not in classes:
-            raise UserError(f"--data {root}: {path} is in none of the class folders {top}/*")
-    tested = f"no kNN: that needs classes, {root}/train/CLASS/* and {root}/val/CLASS/*"
+    tops = {path[: path.find(os.sep) + 1] for path in found} - {""}  # "train/", "val/"
+    train_top = find_split(tops, "train")
+    test_top = find_split(tops, "val") or find_split(tops, "test") if train_top else ""
+    train = [path for path in found if path.startswith(train_top)]
+    test = [path for path in found if test_top and path.startswith(test_top)]
+    class_of = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}
+    classes = sorted({class_of[path] for path in train if path in class_of})
+    labeled = any(class_of.get(path) in classes for path in test)
+    for path in train + test:
+        if labeled and class_of.get(path) not in classes:
+            raise UserError(f"--data {root}: {path} is in none of the class folders {train_top}*")
+    tested = "no kNN: that needs train/CLASS/* and val/CLASS/*"
     if labeled:
         tested = f"{len(test)} to test on in {test_top}"
-    description = f"{len(train)} images to train on in {top}, {tested}"
-    if others:
+    description = f"{len(train)} images to train on in {train_top or root}, {tested}"
+    if train_top and (others := tops - {train_top, test_top}):
         description += f"; not read: {' '.join(sorted(others))}"
     splits = []
-    for images in (train, test):
-        paths = np.array([os.fsencode(path) for path in images])
-        labels = torch.tensor([classes.index(x) for x in images.values()]) if labeled else None
+    for names in (train, test):
+        paths = np.array([os.fsencode(os.path.join(root, path)) for path in names])
+        labels = torch.tensor([classes.index(class_of[path]) for path in names]) if labeled else None
         splits.append(read_small(Files(paths, labels, device, min(config.workers, os.cpu_count() or 1))))
-    names = "\n".join(os.path.relpath(path, root) for path in (*train, *test))
-    fingerprint = hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
+    fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
     return Data(splits[0], splits[1] if labeled else None, description, fingerprint)
 
 
 def read_small(files: Files) -> InMemory | Files:
     """Read files into memory if their images have one size and take up to MEMORY."""
-    images: list[Tensor] = []
+    images = []
     for path in files.paths:
         images.append(read_image(path))
         if images[-1].shape != images[0].shape or len(files) * images[0].numel() > MEMORY:
@@ -969,42 +946,28 @@ def read_small(files: Files) -> InMemory | Files:
 
 
 def shapes(train: bool) -> tuple[Tensor, Tensor]:
-    """Draw 6,000 images uint8 (M,3,32,32) to train on, or 2,000 to test on, and labels (M,): disks and crosses in five
-    textures, of any place, angle, size and shade."""
+    """Draw 6,000 images uint8 (M,3,32,32) to train on, or 2,000 to test on, and labels (M,): five textures, coarse or
+    fine, of any angle, place and shade."""
     n = 6_000 if train else 2_000
     generator = rng("shapes", "train" if train else "test")
 
     def between(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    each = torch.arange(n)
-    labels = each % 10
+    labels = torch.arange(n) % 10
     angle = between(0, 2 * math.pi, 1, 1)
-    radius = between(0.7, 0.95, 1, 1)
     axis = (torch.arange(32) + 0.5) / 16 - 1
-    x = axis - between(-0.25, 0.25, 1, 1)
-    y = axis[:, None] - between(-0.25, 0.25, 1, 1)
-    u = x * angle.cos() + y * angle.sin()
-    v = y * angle.cos() - x * angle.sin()
-    # Signed distances from the edge of a disk, and of a cross, the union of two bars.
-    a = (u / radius).abs()
-    b = (v / radius).abs()
-    cross = torch.minimum(torch.maximum(a - 0.35, b - 1), torch.maximum(b - 0.35, a - 1))
-    distance = torch.stack([torch.hypot(a, b) - 0.9, cross])[labels // 5, each]
-    inside = (0.5 - 16 * radius * distance).clamp(0, 1)
-    # A texture has ink where it is positive; each has its own number of waves per unit.
-    waves = torch.tensor([1, 1.5, 2, 1.6, 2.8])[labels % 5, None, None] * 2 * math.pi * between(0.9, 1.1, 1, 1)
-    offset = between(0, 2 * math.pi, 2, 1, 1)
-    a = waves * u + offset[:, 0]
-    b = waves * v + offset[:, 1]
+    frequency = torch.tensor([6, 13])[labels // 5, None, None] * between(0.8, 1.25, 1, 1)  # per half side
+    a = frequency * (axis * angle.cos() + axis[:, None] * angle.sin()) + between(0, 2 * math.pi, 1, 1)
+    b = frequency * (axis[:, None] * angle.cos() - axis * angle.sin()) + between(0, 2 * math.pi, 1, 1)
     dots = a.cos() + b.cos() - 0.5
     grid = torch.maximum(a.sin(), b.sin()) - 0.8
-    textures = torch.stack([torch.ones_like(a), a.sin(), a.sin() * b.sin(), dots, grid])
-    ink = (0.5 + 2 * textures[labels % 5, each]).clamp(0, 1)
+    waves = (a + 2 * (b / 2).sin()).sin()
+    textures = torch.stack([a.sin(), a.sin() * b.sin(), dots, grid, waves])
+    ink = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)[:, None]
     light = between(0, 1, 1, 1, 1)
-    grays = [(light + i / 3) % 1 + between(-0.02, 0.02, 3, 1, 1) for i in range(3)]
-    images = torch.lerp(grays[0], torch.lerp(grays[1], grays[2], ink[:, None]), inside[:, None])
-    images += 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    shades = [(light + i / 3) % 1 + between(-0.1, 0.1, 3, 1, 1) for i in range(2)]
+    images = torch.lerp(*shades, ink) + 0.1 * torch.randn(n, 3, 32, 32, generator=generator)
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
@@ -1020,6 +983,7 @@ def extract_features(
     between two batches once stop() is true."""
     augment = Augment(config.aug, config.size)
     per_rank = math.ceil(len(images) / world_size())
+    # Every rank has as many, the last image again and again if need be: all_gather wants equal shapes.
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
     plan = ((0, batch) for batch in indices.split(512))
     embed_batch = encoder if config.head else encoder.features
@@ -1057,8 +1021,6 @@ def accuracy(
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
-
-
 def write_file(path: str, content: bytes) -> None:
     """Write atomically: readers see the old file or the new one. Raises UserError if it fails."""
     target = os.path.realpath(path)  # a link stays a link
@@ -1075,7 +1037,7 @@ def write_file(path: str, content: bytes) -> None:
         raise UserError(f"{path}: not written ({error.strerror}); the old file, if any, is kept") from error
 
 
-def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(path: str, checkpoint: dict) -> None:
     """Write a checkpoint atomically. Raises UserError."""
     buffer = io.BytesIO()  # torch's own writer does not say what is wrong with a disk
     torch.save(checkpoint, buffer)
@@ -1083,25 +1045,25 @@ def save_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 
 
 def cause_of(error: Exception) -> str:
-    """Return an error's kind and message in a line; of torch.load's, what the file holds."""
-    error = error.__context__ or error
+    """Return an error's kind and message in a line."""
+    error = error.__context__ or error  # torch.load wraps what went wrong in a page of advice
     message = str(error).split("\n")[0].partition(" Please use")[0]
     return f"{type(error).__name__}: {message}"
 
 
-def check_tensors(tensors: dict[str, Any], expected: dict[str, Tensor]) -> None:
+def check_tensors(tensors: dict, expected: dict) -> None:
     """Raise ValueError unless tensors have the names, shapes and dtypes expected, and are finite."""
     if tensors.keys() != expected.keys():
         raise ValueError(f"missing or unexpected: {min(tensors.keys() ^ expected.keys())}")
     for name, right in expected.items():
         x = tensors[name]
         fits = isinstance(x, Tensor) and (x.shape, x.dtype) == (right.shape, right.dtype)
-        # Of stride 0, a tensor claims more than it holds, and an optimizer writes past its end.
+        # Of stride 0, a tensor claims more than it holds: a file of a few bytes could fill the memory.
         if not fits or x.numel() * x.element_size() > x.untyped_storage().nbytes() or not x.isfinite().all():
             raise ValueError(f"{name} is not {right.dtype} {tuple(right.shape)}, complete and finite")
 
 
-def load_checkpoint(path: str) -> dict[str, Any]:
+def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. Raises OSError, or
     UserError for a file that is damaged or no checkpoint."""
     try:
@@ -1116,14 +1078,14 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint["epoch"] = int(checkpoint["epoch"])
         checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
         checkpoint["config"] = dict(checkpoint.get("config", {}))
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes can cause any
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
 
 
-def load_encoder(checkpoint: dict[str, Any], path: str, head: bool = False) -> ResNetEncoder:
+def load_encoder(checkpoint: dict, path: str, head: bool = False) -> ResNetEncoder:
     """Rebuild a checkpoint's query encoder for evaluation; without `head`, fc is the identity. Stem, width and head
     are read off the weights, whose prefixes `module.` and `_orig_mod.` (of torch.compile) are optional. Raises
     UserError if they are not those of a ResNetEncoder."""
@@ -1149,25 +1111,24 @@ def load_encoder(checkpoint: dict[str, Any], path: str, head: bool = False) -> R
 
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
-
-
-def pick_device(config: Config) -> tuple[torch.device, Callable[[], torch.autocast]]:
+def pick_device(config: Config) -> tuple[torch.device, Callable]:
     """Return the device and its autocast, to bf16 where --precision asks for it or it is fast. Joins the processes of
     torchrun, srun or mpirun. Raises UserError if there is no such device."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(x for x in found if found[x]) if config.device == "auto" else config.device
     if not found[name]:
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and world_size() == 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     device = torch.device(name)
     fast = False
     if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK") or rank() % torch.cuda.device_count()))
+        local_rank = int(os.environ.get("LOCAL_RANK") or rank())
+        device = torch.device(name, local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = torch.cpu._is_avx512_bf16_supported()
         with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
             libc = ctypes.CDLL(None)  # let it keep freed memory: to get it again costs 1/6 of a step
             libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -1188,7 +1149,7 @@ def build_model(config: Config, num_images: int) -> nn.Module:
         if config.method == "simclr":
             return SimCLR(encoder, T)
         if config.method == "memory-bank":
-            return MemoryBank(encoder, num_images, dim, K, config.bank_m, T)
+            return MemoryBank(encoder, num_images, dim, K, T=T)
         return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
 
 
@@ -1199,7 +1160,7 @@ def learning_rate(config: Config, epoch: float) -> float:
     return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
 
 
-def batch_plan(n: int, config: Config) -> Iterator[tuple[int, Tensor]]:
+def batch_plan(n: int, config: Config) -> Iterator:
     """Yield each step's epoch and this rank's indices (N,): every epoch permutes all n."""
     for epoch in range(config.epochs):
         order = torch.randperm(n, generator=rng("order", config.seed, epoch))
@@ -1223,7 +1184,6 @@ def check_out(path: str, may_exist: bool, advice: str = "give --overwrite to rep
 
 
 COLUMNS = ("epoch", "loss", "lr", "knn", "images_per_s", "seconds")  # of the .csv
-AGREE_STEPS = 8  # between steps at which ranks compare flags, since each waits for all
 
 
 class Run:
@@ -1243,8 +1203,7 @@ class Run:
         num_images = len(self.data.train)
         if config.batch_size > num_images:
             fits = num_images - num_images % config.bn_splits
-            advice = f"give {fits}" if fits >= 2 * config.bn_splits else "give fewer --bn-splits, too"
-            raise UserError(f"--batch-size {config.batch_size}: more than the {num_images} images; {advice}")
+            raise UserError(f"--batch-size {config.batch_size}: more than the {num_images} images; give {fits} or less")
         self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
         if config.compile:
             for encoder in self.model.children():
@@ -1258,19 +1217,20 @@ class Run:
         self.steps_per_epoch = num_images // config.batch_size
         self.steps = config.epochs * self.steps_per_epoch
         self.go_to(0)
-        self.rows: list[dict[str, Any]] = []
+        self.rows = []
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
-        self.began = time.perf_counter()  # of the epoch; on resume, earlier by the seconds it has taken
+        self.began = time.monotonic()  # of the epoch; on resume, earlier by the seconds it has taken
         if resumes:
             self.restore(load_checkpoint(config.out))
         key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
-        self.saved_at = time.monotonic()
-        self.ddp_model = DistributedDataParallel(self.model) if world_size() > 1 else self.model
-        self.ddp_model.broadcast_buffers = False  # after DDP's first broadcast, statistics stay apart
+        self.ddp_model = self.model
+        if world_size() > 1:
+            self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
+            self.ddp_model.broadcast_buffers = False  # after its first broadcast: statistics stay apart
 
-    def checkpoint(self) -> dict[str, Any]:
+    def checkpoint(self) -> dict:
         """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
         return {
             "epoch": self.step // self.steps_per_epoch,
@@ -1282,10 +1242,10 @@ class Run:
             "fingerprint": self.data.fingerprint,
             "losses": self.losses,
             "rows": self.rows,
-            "seconds": time.perf_counter() - self.began,
+            "seconds": time.monotonic() - self.began,
         }
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
+    def restore(self, checkpoint: dict) -> None:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
         own = self.checkpoint()
         for name, value in own["config"].items():
@@ -1295,20 +1255,17 @@ class Run:
         try:
             if checkpoint["fingerprint"] != own["fingerprint"]:
                 raise ValueError(f"--data {self.config.data} has other images")
-            check_tensors(tensors_of(checkpoint), tensors_of(own))
-            step = checkpoint["step"]
+            saved = tensors_of(checkpoint)
+            check_tensors(saved, tensors_of(own))
+            for name, x in tensors_of(own).items():  # these are the run's own tensors, no copies
+                x.copy_(saved[name])
             self.rows = checkpoint["rows"]
             self.began -= checkpoint["seconds"]
+            self.go_to(checkpoint["step"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume: {self.config.out} does not fit this run ({cause_of(error)})") from error
-        weights = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
-        self.model.load_state_dict(weights)
-        state = {"state": checkpoint["optimizer"]["state"], "param_groups": own["optimizer"]["param_groups"]}
-        self.optimizer.load_state_dict(state)  # with the options given now
-        self.losses.copy_(checkpoint["losses"])
-        self.go_to(step)
 
-    def train(self, stop: Callable[[], Any] = bool) -> Iterator[dict[str, Any] | None]:
+    def train(self, stop: Callable = bool) -> Iterator:
         """Yield after every step: None, or the epoch's row; save now and then, and once stop() is true. Raises
         UserError for an unreadable image, a loss that is not finite, a full disk."""
         if len(self.rows) == self.config.epochs:
@@ -1328,7 +1285,7 @@ class Run:
                 if self.agree(late) or row:
                     self.save()
                 yield row
-        if self.saved_step != self.step:
+        if len(self.rows) < self.config.epochs:
             self.save()
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
@@ -1344,29 +1301,29 @@ class Run:
         self.step = step
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step / self.steps_per_epoch)
 
-    def end_epoch(self, stop: Callable[[], Any]) -> dict[str, Any] | None:
+    def end_epoch(self, stop: Callable) -> dict | None:
         """Append and return the row of an epoch that has ended, with kNN if it is due. Raises Stopped if stop() is
         true during kNN; the row is then made on resume."""
         config = self.config
         epoch = len(self.rows) + 1
         if self.step < epoch * self.steps_per_epoch:
             return None
-        seconds = time.perf_counter() - self.began
-        row = dict(epoch=epoch, loss=self.losses.mean().item(), lr=learning_rate(config, epoch - 1), knn=None)
-        row |= dict(images_per_s=self.steps_per_epoch * config.batch_size / seconds, seconds=seconds)
+        speed = self.steps_per_epoch * config.batch_size / (time.monotonic() - self.began)
+        knn = None
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test:
             self.average_statistics()
-            row["knn"] = accuracy(
-                self.model.encoder_q, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1)
-            )
-            row["seconds"] = time.perf_counter() - self.began
+            stop_all = lambda: self.agree(stop(), every=1)  # noqa: E731
+            knn = accuracy(self.model.encoder_q, self.data, config, self.autocast, stop=stop_all)
+        lr = learning_rate(config, epoch - 1)  # the epoch's first
+        values = (epoch, self.losses.mean().item(), lr, knn, speed, time.monotonic() - self.began)
+        row = dict(zip(COLUMNS, values))
         self.rows.append(row)
-        self.began = time.perf_counter()
+        self.began = time.monotonic()
         return row
 
-    def agree(self, wish: Any, every: int = AGREE_STEPS) -> bool:
-        """Return on all ranks whether `wish` is true on any; several ranks ask every so many steps."""
+    def agree(self, wish: Any, every: int = 8) -> bool:
+        """Return on all ranks whether `wish` is true on any; several ranks ask every so many steps, since each waits."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(wish)])).any())
@@ -1388,14 +1345,15 @@ class Run:
                 raise UserError(f"{name}: not finite in epoch {epoch:.2f}; {advice}")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
-            lines = [COLUMNS, *(row.values() for row in self.rows)]
-            table = "\n".join(",".join("" if x is None else str(x) for x in line) for line in lines)
-            write_file(self.csv_path, f"{table}\n".encode())  # second, so it has no epoch that the checkpoint lacks
-        self.saved_step = self.step
+            table = io.StringIO()
+            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_file(self.csv_path, table.getvalue().encode())  # second: it has no epoch that the checkpoint lacks
         self.saved_at = time.monotonic()
 
 
-def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def tensors_of(checkpoint: dict) -> dict:
     """Return all tensors of a checkpoint that training changes, by name."""
     state = checkpoint["optimizer"]["state"]
     momentum = {f"momentum of parameter {i}": x["momentum_buffer"] for i, x in state.items()}
@@ -1404,7 +1362,6 @@ def tensors_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
 
-SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
 Checkpoint = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
 Output = Annotated[str, typer.Argument(help="file to write")]
@@ -1432,25 +1389,24 @@ def command(names: str, defaults: Any = None) -> Callable:
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
+def catch_signals() -> Iterator:
     """Yield a list of the signals received, for the caller to act on. A second one acts as it would without us, but
     not with several processes: torchrun repeats the first. Nothing is caught outside the main thread."""
-    received: list[int] = []
-    handlers = {}
+    received = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS if main_thread}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def note(number: int, _: Any) -> None:
         received.append(number)
         if world_size() == 1:
             restore()
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):  # ignored, as nohup leaves it, or not Python's
-            handlers[number] = handler
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, note)
     try:
         yield received
@@ -1458,11 +1414,17 @@ def catch_signals() -> Iterator[list[int]]:
         restore()
 
 
-def show_progress(run: Run, rows: Iterator[dict[str, Any] | None]) -> None:
+def describe(result: dict) -> str:
+    """Format a result for people: names and values."""
+    values = (f"{name} {x:.5g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items())
+    return "  ".join(values)
+
+
+def show_progress(run: Run, rows: Iterator) -> None:
     """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
-    epochs = run.config.epochs
+    json = run.config.json
     bar = Progress(speed_estimate_period=math.inf)  # the time left is judged by all steps, however slow
-    bar.disable = run.config.json or not bar.console.is_terminal
+    bar.disable = json or not bar.console.is_terminal
     with bar:
         task = bar.add_task("", total=run.steps, completed=run.step)
         for row in rows:
@@ -1470,20 +1432,21 @@ def show_progress(run: Run, rows: Iterator[dict[str, Any] | None]) -> None:
             if run.step % 10 == 1 and not bar.disable:  # not always: reading the loss waits for the device
                 bar.update(task, description=f"loss {run.losses[(run.step - 1) % run.steps_per_epoch]:.3f}")
             if row:
-                left = row["seconds"] * (epochs - row["epoch"]) / 60
-                line = "epoch {epoch}/{0}  loss {loss:.4f}  lr {lr:.4g}  {images_per_s:.0f} images/s  ETA {1:.0f} min"
-                line = line.format(epochs, left, **row)
-                line += "" if row["knn"] is None else f"  kNN {row['knn']:.2f} %"
-                bar.console.out(dumps(row) if run.config.json else line, highlight=False)
+                left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
+                bar.console.out(dumps(row) if json else describe({**row, "minutes_left": left}), highlight=False)
+
+
+def options_of(checkpoint: dict) -> dict:
+    """Return the options that a checkpoint decides."""
+    return {x: value for x, value in checkpoint["config"].items() if x in HINTS and x not in RUNTIME.split()}
 
 
 @command(" ".join(HINTS), Config)
-def train(**options: Any) -> list[dict[str, Any]]:
+def train(**options: Any) -> list:
     """Train an encoder without labels."""
     out = options.get("out", Config.out)
     if options.get("resume") and os.path.exists(out):
-        saved = load_checkpoint(out)["config"]
-        options = {x: saved[x] for x in HINTS if x in saved and x not in RUNTIME.split()} | options
+        options = options_of(load_checkpoint(out)) | options
     run = Run(Config.from_preset(**options))
     config = run.config
     num_images = len(run.data.train)
@@ -1492,10 +1455,9 @@ def train(**options: Any) -> list[dict[str, Any]]:
     say = partial(print, file=sys.stderr if config.json and rank() == 0 else sys.stdout, flush=True)
     precision = "bf16" if run.autocast.keywords["enabled"] else "fp32"
     say(f"{config.data}: {run.data.description}; {run.device}, {precision}")
-    if config.method == "moco" and config.moco_k > num_images:
-        say(f"note: --moco-k {config.moco_k}: the queue holds old keys of the query's own image, of {num_images}")
-    if run.data.test and config.knn_k > num_images / 2:
-        say(f"note: --knn-k {config.knn_k}: most of the {num_images} images vote, whatever the query")
+    for name, limit in (("moco_k", num_images), ("knn_k", num_images / 2)):
+        if getattr(config, name) > limit:
+            say(f"note: {flag(name)} {getattr(config, name)} is large for {num_images} images")
     with catch_signals() as received:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
@@ -1505,49 +1467,44 @@ def train(**options: Any) -> list[dict[str, Any]]:
     return run.rows
 
 
-def load_for_evaluation(path: str, options: dict[str, Any]) -> tuple[nn.Module, Data, Config, Callable, int]:
+def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
-    saved = checkpoint["config"]
-    encoder = load_encoder(checkpoint, path, options.get("head", saved.get("head", False)))
-    if not saved:  # official checkpoints have none
-        saved = PRESETS["v2" if encoder.conv1.stride == (2, 2) else "cifar10"]
-    if saved.get("eval_size"):  # of versions before 0.3
-        saved["size"] = saved["eval_size"]
-    names = f"{EVALUATED} knn_k knn_t seed".split()
-    saved = {x: saved[x] for x in names if x in saved and x not in RUNTIME.split()}
+    saved = {"preset": "v2"} | options_of(checkpoint)  # official ones have no options
+    if old_size := checkpoint["config"].get("eval_size"):  # of versions before 0.3
+        saved["size"] = old_size
     try:
-        config = Config(**(saved | options))
-    except (TypeError, ValueError) as error:
+        config = Config.from_preset(**saved | options)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    encoder = load_encoder(checkpoint, path, config.head)
     device, autocast = pick_device(config)
     encoder.to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
 
-def evaluate(path: str, options: dict[str, Any], linear: bool) -> dict[str, Any]:
+def evaluate(path: str, options: dict, linear: bool) -> dict:
     """Print and return a checkpoint's accuracy, `top1` in percent, and the settings that made it."""
     encoder, data, config, autocast, epoch = load_for_evaluation(path, options)
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.description}")
-    result = dict(top1=accuracy(encoder, data, config, autocast, linear), checkpoint=path, epoch=epoch)
+    top1 = accuracy(encoder, data, config, autocast, linear)
+    result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=path, epoch=epoch)
     names = EVALUATED if linear else f"{EVALUATED} knn_k knn_t"
     result |= {name: getattr(config, name) for name in names.split()}
     result |= dict(device=next(encoder.parameters()).device.type, bank=len(data.train), queries=len(data.test))
-    settings = "  ".join(f"{name} {x}" for name, x in result.items() if name != "top1")
-    line = f"{'linear' if linear else 'kNN'} top-1 {result['top1']:.2f} %  {settings}"
-    print(dumps(result) if config.json else line)
+    print(dumps(result) if config.json else describe(result))
     return result
 
 
 @command(f"{EVALUATED} knn_k knn_t")
-def knn(checkpoint: Checkpoint, **options: Any) -> dict[str, Any]:
+def knn(checkpoint: Checkpoint, **options: Any) -> dict:
     """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=False)
 
 
 @command(EVALUATED)
-def linear(checkpoint: Checkpoint, **options: Any) -> dict[str, Any]:
+def linear(checkpoint: Checkpoint, **options: Any) -> dict:
     """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=True)
 
@@ -1560,13 +1517,9 @@ def export(checkpoint: Checkpoint, output: Output, **options: Any) -> None:
     print(f"wrote {output}")
 
 
-def write_picture(path: str, columns: list[Tensor]) -> None:
-    """Write columns of images (R,3,S,S) in [0,1] side by side as a PNG, a gap after the first, enlarged to 96
-    pixels."""
-    rows = torch.stack(columns, 1)  # (R,columns,3,S,S)
-    scale = math.ceil(96 / rows.shape[-1])
-    rows = rows.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    rows = torch.cat([rows[:, :1], torch.ones_like(rows[:, :1]), rows[:, 1:]], 1)
+def write_picture(path: str, columns: list) -> None:
+    """Write columns of images (R,3,S,S) in [0,1] side by side as a PNG, a gap after the first."""
+    rows = torch.stack([columns[0], torch.ones_like(columns[0]), *columns[1:]], 1)  # (R,columns,3,S,S)
     buffer = io.BytesIO()
     torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
     write_file(path, buffer.getbuffer())
@@ -1592,17 +1545,15 @@ def views(output: Output, **options: Any) -> None:
 
 @command(f"{EVALUATED} seed overwrite")
 def neighbors(checkpoint: Checkpoint, output: Output, **options: Any) -> None:
-    """Draw ten test images, each beside its nearest training images; those of another class are faded."""
+    """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
+    split, the queries are training images, each its own nearest."""
     check_out(output, options.get("overwrite", False))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast), dim=1)
     features = F.normalize(extract_features(encoder, queries, config, autocast), dim=1)
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    similarity = features[chosen] @ bank.T
-    if data.test is None:
-        similarity[torch.arange(len(chosen)), chosen] = -math.inf  # no image is its own neighbor
-    nearest = similarity.topk(min(10, len(bank) - (data.test is None))).indices.cpu()  # (R,10)
+    nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
     crop = Augment(config.aug, config.size).evaluation_view
     columns = [images.cpu() / 255 for images, _ in queries.batches([(0, chosen)], crop)]
     for images, indices in data.train.batches([(0, column) for column in nearest.T], crop):
@@ -1633,7 +1584,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         line = f"too little memory ({cause_of(error)}); give a smaller --batch-size, --size or --width"
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if world_size() > 1:
             dist.destroy_process_group()
     print(f"moco: {line}", file=sys.stderr)
     sys.exit(2)
