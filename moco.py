@@ -1323,7 +1323,7 @@ class Run:
         return row
 
     def agree(self, wish: Any, every: int = 8) -> bool:
-        """Return on all ranks whether `wish` is true on any; several ranks ask every so many steps, since each waits."""
+        """Return on all ranks whether `wish` is true on any; several ask every so many steps, since each waits."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(wish)])).any())
