@@ -16,6 +16,10 @@ settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+torch.set_num_threads(1)  # tensors are small: on busy cores, threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
 class TorchRandom:
     """Hand torch's RNG to hypothesis, which then seeds it for every example."""
 

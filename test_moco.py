@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import dis
-import inspect
+import io
 import itertools
 import json
 import math
@@ -30,7 +30,6 @@ from unittest.mock import Mock
 import numpy
 import PIL.Image
 import pytest
-import rich.console
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -559,25 +558,6 @@ class TestMechanisms:
         close(gradient(actual, encoder.weight), gradient(expected, encoder.weight), atol=1e-8)
 
     @pytest.mark.parametrize("name", MECHANISMS)
-    def test_an_encoder_in_float64_goes_with_buffers_in_float32(self, name):
-        encoder, im_q, im_k = encoder_and_views(0, 4)
-        model = MECHANISMS[name](encoder)
-        model(im_q, im_k, rng(0), torch.arange(4)).backward()
-        assert encoder.weight.grad.dtype == torch.float64
-        assert encoder.weight.grad.isfinite().all()
-        assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in model.buffers())
-
-    @pytest.mark.parametrize("name", ["moco", "symmetric", "memory-bank"])
-    @pytest.mark.parametrize("width", [1, 6])
-    def test_an_encoder_whose_width_is_not_dim_is_refused_before_a_key_is_stored(self, name, width):
-        model = MECHANISMS[name](nn.Linear(5, width))
-        buffers = copy.deepcopy(list(model.buffers()))
-        im_q, im_k = torch.rand(2, 3, 5)
-        with pytest.raises((RuntimeError, TypeError)):
-            model(im_q, im_k, rng(0), torch.arange(3))
-        assert same(list(model.buffers()), buffers)
-
-    @pytest.mark.parametrize("name", MECHANISMS)
     def test_ranks_with_plain_batch_norm_compute_what_one_process_does_with_as_many_splits(self, name):
         im_q, im_k = torch.randn(2, 8, 2, 2, 2, dtype=torch.float64)
         indices = torch.tensor([8, 3, 1, 0, 4, 5, 7, 2])
@@ -706,11 +686,6 @@ class TestEncoder:
             std = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
             assert abs(conv.weight.std() / std - 1) < 0.1
             assert abs((conv.weight.abs() > 2 * std).float().mean() - 0.0455) < 0.02
-
-    def test_the_layers_of_the_head_start_as_torchs_linear_layers_do(self):
-        for layer in ResNetEncoder().fc[::2]:
-            close(layer.weight.abs().max(), torch.tensor(512**-0.5), rtol=1e-3)
-            close(layer.weight.std(), torch.tensor((3 * 512) ** -0.5), rtol=0.02)
 
     @pytest.mark.parametrize("width, first, last", [(0.125, 8, 64), (0.3, 19, 152), (0.7, 44, 352), (1.5, 96, 768)])
     def test_width_multiplies_all_channels_and_the_fraction_is_cut_off(self, width, first, last):
@@ -954,16 +929,6 @@ class TestViews:
         with pytest.raises(TypeError, match=r"uint8 \(N,3,H,W\), not torch"):
             SplitTwoViews(Augment())(images, rng(0))
 
-    @pytest.mark.parametrize("aug", ["v1", "v2"])
-    def test_v1_and_v2_evaluate_images_as_torchvisions_imagenet_models_do(self, aug):
-        augment = Augment(aug, 224)
-        images = images_of(2, 300, 400)
-        theirs = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()
-        close(augment.normalize(augment.evaluation_view(images) / 255), theirs(images), atol=0.02)  # one gray level
-
-    def test_cifar_evaluates_an_image_of_its_size_as_it_is(self):
-        assert torch.equal(Augment("cifar", 32).evaluation_view(images_of(2)), images_of(2))
-
     @pytest.mark.parametrize("aug", moco.RECIPES)
     @given(SEEDS, st.integers(20, 40), st.integers(20, 40), st.integers(2, 40))
     def test_evaluation_is_torchvisions_resize_and_center_crop(self, aug, seed, height, width, size):
@@ -1066,14 +1031,6 @@ class TestEvaluation:
         bank = torch.tensor([other, (0.8, 0.6)])
         assert knn_predict(query, bank, torch.arange(2), 2, k, t).item() == 1
 
-    def test_a_query_gets_the_same_label_alone_and_among_many(self):
-        x = torch.randn(40, 4)
-        bank = torch.randn(2**21, 4)  # so chunks are of 16 queries
-        labels = torch.randint(0, 5, (2**21,))
-        alone = [knn_predict(row[None], bank, labels, 5, 20, 0.1) for row in x[::13]]
-        together = knn_predict(x, bank, labels, 5, 20, 0.1)
-        assert torch.equal(together[::13], torch.cat(alone))
-
     @pytest.mark.parametrize("queries, rows, nbytes", [(1000, 2**18, 2**27), (3, 2**25 + 1, 2**27 + 4)])
     def test_similarities_take_at_most_128_mib_or_one_row(self, queries, rows, nbytes):
         labels = torch.empty(rows, dtype=torch.long, device="meta")
@@ -1105,14 +1062,6 @@ class TestEvaluation:
         y = (x @ torch.randn(256, 10, generator=rng(2))).argmax(1)
         x = (x - x.mean(0)) / x.std(0)
         assert slope(moco.fit_linear(x, y, 10), x, y) < 1e-4  # 50 iterations leave 1e-3
-
-    def test_the_linear_classifier_is_a_frozen_layer_that_the_same_features_make_again(self, device):
-        x = torch.randn(40, 3, dtype=torch.float64).to(device)
-        y = torch.arange(40).to(device) % 2
-        one, other = (moco.fit_linear(x, y, 2) for _ in range(2))
-        assert same(one.state_dict(), other.state_dict())
-        assert one.weight.dtype == torch.float64
-        assert not any(x.requires_grad for x in one.parameters())
 
 
 def loss_of(x):
@@ -1294,12 +1243,6 @@ class TestCuda:
 
 
 class TestConfig:
-    @pytest.mark.parametrize("mechanism", [MoCo, moco.MemoryBank])
-    def test_a_mechanism_has_the_defaults_of_the_options(self, mechanism):
-        parameters = inspect.signature(mechanism).parameters
-        for name, option in dict(dim="moco_dim", K="moco_k", T="moco_t").items():
-            assert parameters[name].default == getattr(Config, option)
-
     def test_options_become_plain_values_so_that_a_checkpoint_can_be_read(self, tmp_path):
         odd = dict(lr=numpy.float32(0.5), epochs=numpy.int64(3), cos=numpy.bool_(False), wd=1, schedule=[4, 5])
         options = dataclasses.asdict(Config(**odd, out=tmp_path))
@@ -1369,13 +1312,6 @@ class TestData:
         assert torch.equal(data.test.labels, torch.arange(2000) % 10)
         right = knn_predict(test[:500], train, data.train.labels, 10, 20, 0.1) == data.test.labels[:500]
         assert 0.1 < right.float().mean() < 0.4
-
-    def test_built_in_images_lie_on_the_device_and_names_are_their_fingerprints(self, few, monkeypatch):
-        monkeypatch.setattr(moco, "cifar", lambda config, train: moco.shapes(train))
-        sets = [moco.load_data(tiny_config(data=x), torch.device("meta")) for x in ("shapes", "cifar10", "cifar100")]
-        assert {split.images.device.type for data in sets for split in (data.train, data.test)} == {"meta"}
-        assert {data.description for data in sets} == {"40 images to train on, 20 to test on"}
-        assert len({data.fingerprint for data in sets}) == 3
 
     @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
     def test_cifar_comes_from_torchvision_as_channels_first_uint8(self, monkeypatch, name):
@@ -1455,12 +1391,6 @@ class TestData:
             (train / name).symlink_to(tmp_path / target)
         assert names_of(load_folder(tmp_path / "set").train, train) == "a/0 a/linked b/2"
 
-    def test_the_order_of_images_is_that_of_their_names_whatever_the_disks(self, tmp_path, monkeypatch):
-        place_images(tmp_path, "b/1 b/0 a/2 0")
-        scan = os.scandir
-        monkeypatch.setattr(os, "scandir", lambda path: sorted(scan(path), key=lambda x: x.name, reverse=True))
-        assert names_of(load_folder(tmp_path).train, tmp_path) == "0 a/2 b/0 b/1"
-
     @pytest.mark.parametrize("place", ["", "train", "train/b", "val", "val/a"])
     def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(self, tmp_path, monkeypatch, place):
         def scandir(path, scan=os.scandir):
@@ -1470,7 +1400,7 @@ class TestData:
 
         place_images(tmp_path, "train/a/0 train/b/1 val/a/2")
         monkeypatch.setattr(os, "scandir", scandir)
-        with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path / place}'"):
+        with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path / place}/?'"):
             load_folder(tmp_path)
 
     def test_only_regular_files_that_pillow_decodes_by_itself_are_images(self, tmp_path):
@@ -1535,15 +1465,6 @@ class TestData:
             batch_of(data.train, list(range(20)), Augment().evaluation_view)
         assert not torch.multiprocessing.active_children()  # FAULT: a worker that lives keeps the process from ending
 
-    @pytest.mark.parametrize("owner, name, error", [
-        (PIL.Image, "open", MemoryError()), (torch.Tensor, "share_memory_", RuntimeError("unable to allocate")),
-    ])  # fmt: skip
-    def test_too_little_memory_is_not_blamed_on_the_image(self, image_folder, monkeypatch, owner, name, error):
-        files = load_folder(image_folder, workers=1).train
-        monkeypatch.setattr(owner, name, Mock(side_effect=error))
-        with pytest.raises(type(error)):
-            batch_of(files, [0])
-
     @pytest.mark.parametrize("place", [0, 1, 2])
     @pytest.mark.parametrize("size", [(12, 10), (12, 9), (11, 10), (10, 12)])
     @pytest.mark.parametrize("missing", [0, 1])
@@ -1554,14 +1475,6 @@ class TestData:
         PIL.Image.new("RGB", size).save(tmp_path / f"{place}.png")
         held = isinstance(load_folder(tmp_path, in_memory=True).train, InMemory)
         assert held == (size == (12, 10) and not missing)
-
-    @pytest.mark.parametrize("in_memory", [False, True])
-    def test_images_come_onto_the_device_and_labels_stay_on_the_cpu(self, tmp_path, in_memory):
-        place_images(tmp_path, "train/a/0 val/a/1")
-        data = load_folder(tmp_path, in_memory, device=torch.device("meta"))
-        for split in (data.train, data.test):
-            assert batch_of(split, [0], Augment().evaluation_view).device.type == "meta"
-            assert split.labels.device.type == "cpu"
 
     @pytest.mark.parametrize("asked, workers", [(0, 0), (1, 1), (10**6, 1)])
     def test_files_are_read_by_workers_but_no_more_than_cores(self, image_folder, monkeypatch, asked, workers):
@@ -1583,12 +1496,6 @@ class TestData:
             for i, crops in zip(indices.tolist(), batch.transpose(0, 1)):
                 image = tvf.pil_to_tensor(default_loader(os.fsdecode(files.paths[i])))
                 assert torch.equal(crops, views.crop_file(image, epoch, i))
-
-    def test_a_batch_in_memory_is_cropped_by_its_images_epoch_and_indices(self):
-        plan = [(3, torch.tensor([4, 0, 4])), (5, torch.tensor([1]))]
-        batches = InMemory(images_of(5), None).batches(plan, lambda *arguments: arguments)
-        expected = [((images_of(5)[indices], epoch, indices), indices) for epoch, indices in plan]
-        assert same(list(batches), expected)
 
     def test_two_loops_over_the_same_files_crop_in_two_ways(self, image_folder):
         files = load_folder(image_folder).train
@@ -1798,12 +1705,6 @@ class TestCheckpoints:
         assert "Please use" not in str(error.value)  # torch's advice
         assert not Path("executed").exists()
 
-    @pytest.mark.parametrize("make, error", [(lambda path: None, FileNotFoundError), (Path.mkdir, IsADirectoryError)])
-    def test_a_checkpoint_that_is_no_file_is_the_systems_error(self, tmp_path, make, error):
-        make(tmp_path / "c.pt")
-        with pytest.raises(error):
-            moco.load_checkpoint(str(tmp_path / "c.pt"))
-
     @given(place=st.integers(0, 2**20), bits=st.integers(1, 255), cut=st.booleans())
     def test_a_file_with_changed_or_missing_bytes_loads_to_equal_tensors_or_is_refused(self, place, bits, cut):
         weights = {str(i): torch.arange(300) + i for i in range(20)}
@@ -1872,13 +1773,6 @@ class TestCheckpoints:
             moco.save_checkpoint(str(path), {"step": torch.zeros(10_000)})
         assert torch.load(path) == {"step": 1}
         assert os.listdir(tmp_path) == ["c.pt"]
-
-    def test_what_is_not_the_disks_fault_is_not_blamed_on_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            os, "fsync", Mock(side_effect=RuntimeError("DataLoader worker is killed"))
-        )  # by a signal handler
-        with pytest.raises(RuntimeError, match="^DataLoader worker is killed$"):
-            moco.write_file(str(tmp_path / "c.pt"), b"x")
 
     @pytest.mark.parametrize("arch, mlp", [("resnet50", False), ("resnet18", True)])
     def test_an_official_checkpoint_is_evaluated_from_its_weights_only(self, tmp_path, arch, mlp):
@@ -2093,11 +1987,6 @@ class TestRun:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         assert seen == {(True, dtype), (False, dtype)}
 
-    def test_a_batch_may_hold_all_images_but_not_more(self, few, tmp_path):
-        assert [row["epoch"] for row in training(tmp_path, batch_size=40)] == [1, 2]
-        with pytest.raises(UserError, match="^--batch-size 42: more than the 40 images; give 40"):
-            training(tmp_path, batch_size=42, overwrite=True)
-
     def test_the_csv_has_a_header_at_the_start_and_a_row_per_epoch_with_knn_when_it_is_due(self, few, tmp_path):
         lines = ["epoch,loss,lr,knn,images_per_s,seconds"]
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), epochs=5, knn_every=2))
@@ -2128,15 +2017,17 @@ class TestRun:
         assert [(row["images_per_s"], row["seconds"]) for row in run.rows] == [(3, 12), (3, 19), (3, 19)]
 
     def test_train_from_python_takes_numpys_numbers_and_an_own_recipe_in_any_thread_and_returns_its_rows(
-        self, few, tmp_path, monkeypatch
+        self, few, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.setitem(moco.RECIPES, "own", moco.Recipe((0.5, 1), ((0.5, moco.flip),)))
-        options = dataclasses.asdict(tiny_config(aug="own", out=str(tmp_path / "c.pt")))
+        options = dataclasses.asdict(tiny_config(aug="own", out=str(tmp_path / "c.pt"), json=True))
         options |= dict(lr=numpy.float32(0.5), moco_k=numpy.int64(16), cos=numpy.bool_(False))
         with ThreadPool(1) as pool:
             rows = pool.apply(moco.train, kwds=options)
         assert [(row["epoch"], row["lr"]) for row in rows] == [(1, 0.5), (2, 0.5)]
-        assert rows == saved(tmp_path)["rows"]
+        out, err = capsys.readouterr()
+        assert rows == saved(tmp_path)["rows"] == [json.loads(line) for line in out.splitlines()]
+        assert err == "shapes: 40 images to train on, 20 to test on; cpu, fp32\n" + err.partition("\n")[2]
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
@@ -2251,16 +2142,6 @@ class TestNeverLosingARun:
             for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
                 signal.raise_signal(number)
         assert (received, signal.signal(signal.SIGHUP, before)) == ([signal.SIGTERM], signal.SIG_IGN)
-
-    def test_a_worker_that_is_killed_is_torchs_own_error(self, image_folder, tmp_path, monkeypatch):
-        def read(path, original=moco.read_image):
-            if torch.utils.data.get_worker_info():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(path)
-
-        monkeypatch.setattr(moco, "read_image", read)
-        with pytest.raises(RuntimeError, match="^DataLoader worker"):
-            finish(config_of(image_folder, tmp_path / "c.pt", workers=1))
 
     def test_a_complete_run_is_left_as_it_is(self, few, tmp_path):
         list(training(tmp_path))
@@ -2583,26 +2464,15 @@ class TestCommandLine:
             f"classifier knn  top1 {top1}  checkpoint c c.pt  epoch 1  "
         )
 
-    def test_train_returns_to_python_in_any_thread_the_rows_that_json_prints(self, few, tmp_path, monkeypatch, capsys):
-        monkeypatch.setitem(moco.RECIPES, "own", moco.RECIPES["v1"])
-        config = tiny_config(aug="own", out=str(tmp_path / "c.pt"), json=True, moco_k=64)
-        with ThreadPool(1) as pool:
-            rows = pool.apply(moco.train, kwds=dataclasses.asdict(config))
-        out, err = capsys.readouterr()
-        assert rows == [json.loads(line) for line in out.splitlines()] == moco.load_checkpoint(config.out)["rows"]
-        assert err.startswith(
-            "shapes: 40 images to train on, 20 to test on; cpu, fp32\nnote: --moco-k 64 is large for "
-        )
-
     def test_a_long_queue_and_many_neighbors_of_few_images_cost_a_notice(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--overwrite"]
         assert "note: " not in run(*command, "--moco-k=40", "--knn-k=20")[1]
         out = run(*command, "--moco-k=41", "--knn-k=21")[1]
         assert re.findall("note: (.*) is large for 40 images", out) == ["--moco-k 41", "--knn-k 21"]
 
-    def test_a_batch_of_more_images_than_there_are_names_a_number_that_works(self, few, run):
+    def test_a_batch_of_more_images_than_there_are_names_numbers_that_work(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--bn-splits=6", "--batch-size"]
-        assert run(*command, "60")[2].endswith("; give 36 or less\n")
+        assert run(*command, "60")[2].endswith("; give a multiple of --bn-splits up to 40\n")
         assert run(*command, "36")[0] == 0
 
     @pytest.mark.parametrize("saved, given", [
@@ -2717,42 +2587,12 @@ class TestCommandLine:
             err = process.stderr.read()
         assert (process.returncode, err) in ((0, b""), (2, b"moco: stdout was closed\n"))
 
-    def test_a_terminal_shows_how_much_time_is_left_after_two_steps(self, monkeypatch, capsys):
-        def update(bar, *arguments, original=rich.progress.Progress.update, **options):
-            original(bar, *arguments, **options)
-            bar.refresh()  # rich itself draws it from time to time
-
-        def steps():
-            for run.step in range(19, 22):
-                seconds.append(100)
-                yield row if run.step == 21 else None
-
-        seconds = []
-        console = rich.console.Console(force_terminal=True, width=120, get_time=lambda: sum(seconds))
-        monkeypatch.setattr(rich, "_console", console)
-        monkeypatch.setattr(rich.progress.Progress, "update", update)
-        numbers = dict(steps=40, steps_per_epoch=10, step=18)
-        run = types.SimpleNamespace(config=Config(epochs=4), losses=torch.ones(10), **numbers)
-        row = dict(epoch=2, loss=0.5, lr=0.1, images_per_s=88.4, seconds=70.0, knn=None)
-        moco.show_progress(run, steps())
-        out = capsys.readouterr().out
-        assert "epoch 2  loss 0.5  lr 0.1  images_per_s 88.4  seconds 70  knn None  minutes_left 2.3333\n" in out
-        assert "0:33:20" in out and "loss 1.000" in out  # 20 steps of 100 seconds
-
-
-class TestTheTests:
-    @pytest.mark.parametrize("other", [[1, 1.001], [1, 1, 1], [1, math.nan], []])
-    def test_values_that_differ_are_neither_close_nor_the_same(self, other):
-        tree = {"a": [torch.ones(2)]}
-        assert same(tree, {"a": (torch.ones(2),)})
-        assert not same(tree, {"a": [torch.tensor(other)]}) and not same(tree, {})
-        with pytest.raises(AssertionError):
-            close(torch.ones(2), torch.tensor(other))
-
-    def test_samples_of_two_distributions_and_correlated_samples_are_told_apart(self):
-        a, b = draws(rng(0), 2, 4000)
-        assert kolmogorov_smirnov(a, b) < 1.95 * math.sqrt(2 / 4000) < kolmogorov_smirnov(a, b**1.2)
-        assert uncorrelated(torch.stack([a, b])) and not uncorrelated(torch.stack([a, b + 0.1 * a]))
+    def test_a_path_of_letters_that_the_terminal_lacks_is_printed_escaped(self, run, unusual, monkeypatch):
+        torch.save(unusual, "c.pt")
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        moco.main(["export", "c.pt", "ü.pt"])
+        assert terminal.buffer.getvalue() == b"wrote \\xfc.pt\n"
 
 
 class TestReadme:
