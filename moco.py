@@ -917,6 +917,7 @@ def load_folder(config: Config, device: torch.device) -> Data:
     classes = {name: i for i, name in enumerate(names)}
     labeled = any(class_of.get(path) in classes for path in test)
     if not labeled:
+        test_top = ""
         test = []
     for path in train + test:
         if labeled and class_of.get(path) not in classes:

@@ -1347,8 +1347,10 @@ class TestData:
 
     @pytest.mark.parametrize("files, train, unread", [
         ("1 a/2 b/c/3 val/d/4 .e/5", "1 a/2 b/c/3 val/d/4", ""), ("a/1 val/a/2 train/", "a/1 val/a/2", ""),
-        ("train/1 val/a/2", "train/1", ""), ("train/a/1 train/b/2 val/3 val/images/4", "train/a/1 train/b/2", ""),
-        ("train/a/1 val/b/2", "train/a/1", ""), ("train/a/1 train/2 old/b/3", "train/2 train/a/1", "; not read: old/"),
+        ("train/1 val/a/2", "train/1", "; not read: val/"),
+        ("train/a/1 train/b/2 val/3 val/images/4", "train/a/1 train/b/2", "; not read: val/"),
+        ("train/a/1 val/b/2", "train/a/1", "; not read: val/"),
+        ("train/a/1 train/2 old/b/3", "train/2 train/a/1", "; not read: old/"),
     ])  # fmt: skip
     def test_another_tree_has_no_labels_and_trains_on_its_train_split_or_on_all(self, tmp_path, files, train, unread):
         place_images(tmp_path, files)
