@@ -1307,6 +1307,7 @@ class TestData:
         data = moco.load_data(tiny_config(), CPU)
         train, test = (split.images.flatten(1).float() for split in (data.train, data.test))
         sums = torch.cat([train[:5], test[5:10]]) @ draws(rng("weights"), 3 * 32 * 32)
+        assert data.fingerprint == "shapes"
         assert sums.tolist() == pytest.approx(SHAPES, rel=0, abs=20)  # another CPU may round a level otherwise
         assert torch.equal(data.train.labels, torch.arange(6000) % 10)
         assert torch.equal(data.test.labels, torch.arange(2000) % 10)
@@ -1386,12 +1387,13 @@ class TestData:
             assert split.labels.tolist() == labels
 
     def test_links_are_followed_but_to_no_folder_twice_or_above(self, tmp_path):
-        place_images(tmp_path, "set/train/a/0 set/val/a/1 elsewhere/2 more/3")
-        train = tmp_path / "set" / "train"
-        links = {"b": "elsewhere", "c": "elsewhere", "x": "set/train", "a/x": "set/train", "a/y": "set", "a/z": "."}
+        place_images(tmp_path, "in/set/train/a/0 in/set/val/a/1 elsewhere/2 more/3 4 in/5")
+        train = tmp_path / "in" / "set" / "train"
+        links = {"b": "elsewhere", "c": "elsewhere", "x": "in/set/train", "a/x": "in/set/train", "a/v": "in/set/val"}
+        links |= {"a/y": "in/set", "a/z": "in", "a/w": "."}
         for name, target in (links | {"a/linked.png": "more/3.png"}).items():
             (train / name).symlink_to(tmp_path / target)
-        assert names_of(load_folder(tmp_path / "set").train, train) == "a/0 a/linked b/2"
+        assert names_of(load_folder(tmp_path / "in" / "set").train, train) == "a/0 a/linked b/2"
 
     @pytest.mark.parametrize("place", ["", "train", "train/b", "val", "val/a"])
     def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(self, tmp_path, monkeypatch, place):
@@ -2451,8 +2453,8 @@ class TestCommandLine:
     def test_resume_has_the_options_given_else_the_saved_ones_but_for_how_to_run(self, few, run, unusual):
         torch.save(unusual, "c.pt")
         assert run("train", "--resume", "--out=c.pt", "--device=cpu", "--epochs=3", "--lr=0.5")[0] == 0
-        expected = unusual["config"] | {name: getattr(Config, name) for name in moco.RUNTIME.split()}
-        expected |= dict(resume=True, out="c.pt", device="cpu", epochs=3, lr=0.5)
+        how_to_run = dict(overwrite=False, save_seconds=300, root="data", workers=2, compile=False, json=False)
+        expected = unusual["config"] | how_to_run | dict(resume=True, out="c.pt", device="cpu", epochs=3, lr=0.5)
         assert moco.load_checkpoint("c.pt")["config"] == expected
 
     def test_train_says_what_it_found_and_knn_measures_the_same(self, folder, run):
