@@ -1999,7 +1999,7 @@ class TestRun:
             if row:
                 close(row["loss"], run.losses.mean().item())
                 lines.append(",".join("" if x is None else str(x) for x in row.values()))
-            assert (tmp_path / "c.csv").read_text().splitlines() == lines
+            assert (tmp_path / "c.csv").read_bytes().decode().split("\n") == [*lines, ""]
         assert [row["epoch"] for row in run.rows] == [1, 2, 3, 4, 5]
         assert [row["knn"] is not None for row in run.rows] == [False, True, False, True, True]
         close([row["lr"] for row in run.rows], [0.03 * (1 + math.cos(math.pi * i / 5)) for i in range(5)])
@@ -2461,8 +2461,10 @@ class TestCommandLine:
         _, out, _ = run("train", *QUICK, f"--data={folder}", "--epochs=1", "--moco-k=8", "--out=c c.pt")
         first, epoch, last = out.splitlines()
         assert first == f"{folder}: 20 images to train on in train/, 8 to test on in val/; cpu, fp32"
-        numbers = r"epoch 1  loss [\d.]+  lr 0\.06  (knn .+)  images_per_s [\d.]+  seconds [\d.]+  minutes_left 0"
-        top1 = re.fullmatch(numbers, epoch)[1].removeprefix("knn ")
+        numbers = r"epoch 1  loss ([\d.]+)  lr 0\.06  (knn .+)  images_per_s [\d.]+  seconds [\d.]+  minutes_left 0"
+        loss, top1 = re.fullmatch(numbers, epoch).groups()
+        top1 = top1.removeprefix("knn ")
+        close(float(loss), moco.load_checkpoint("c c.pt")["rows"][0]["loss"], rtol=1e-4)
         assert last.startswith("c c.pt is complete; ")
         assert run("knn", "c c.pt", "--device=cpu")[1].startswith(
             f"classifier knn  top1 {top1}  checkpoint c c.pt  epoch 1  "
