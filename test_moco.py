@@ -1332,7 +1332,7 @@ class TestData:
         ("Train/a/1 Train/b/2 TEST/b/3 other/a/4 5", "Train/a/1 Train/b/2", "TEST/b/3", [1], "; not read: other/"),
         ("Training/a/1 Training/b/2 Testing/b/3", "Training/a/1 Training/b/2", "Testing/b/3", [1], ""),
         ("train/a/1 train/b/2 valid/b/3 test/a/4", "train/a/1 train/b/2", "valid/b/3", [1], "; not read: test/"),
-        ("TRAIN/a/1 train2/b/2 VAL/a/3 val2/4 x/5", "TRAIN/a/1", "VAL/a/3", [0], "; not read: train2/ val2/ x/"),
+        ("train/a/1 train2/b/2 VAL/a/3 val2/4 x/5", "train/a/1", "VAL/a/3", [0], "; not read: train2/ val2/ x/"),
         ("train/a/1 train/b/ val/ test/a/2 test/c/", "train/a/1", "test/a/2", [0], ""),
         ("train/a/b/1 train/b/a/c/2 val/b/a/3", "train/a/b/1 train/b/a/c/2", "val/b/a/3", [1], ""),
         ("train/a/1 train/a/.x train/.b/2 .train/b/3 .x/4 val/a/5 val/.b/6 .val/a/7", "train/a/1", "val/a/5", [0], ""),
@@ -1351,6 +1351,7 @@ class TestData:
         ("train/1 val/a/2", "train/1", "; not read: val/"),
         ("train/a/1 train/b/2 val/3 val/images/4", "train/a/1 train/b/2", "; not read: val/"),
         ("train/a/1 val/b/2", "train/a/1", "; not read: val/"),
+        ("train/a/1 mytest/a/2", "train/a/1", "; not read: mytest/"),
         ("train/a/1 train/2 old/b/3", "train/2 train/a/1", "; not read: old/"),
     ])  # fmt: skip
     def test_another_tree_has_no_labels_and_trains_on_its_train_split_or_on_all(self, tmp_path, files, train, unread):
