@@ -872,7 +872,7 @@ def find_images(root: str) -> list[str]:
     folders = [os.path.join(root, "")]
     # No folder is read twice, since links can form loops; nor those above root.
     visited = set(map(str, Path(os.path.realpath(root)).parents))
-    for folder in folders:  # which grows: a folder comes before all deeper ones, and before links to it from there
+    for folder in folders:  # breadth first, so that a folder counts before any deeper link to it
         place = os.path.realpath(folder)
         if place in visited:
             continue
@@ -1120,8 +1120,11 @@ def pick_device(config: Config) -> tuple[torch.device, Callable]:
     name = next(x for x in found if found[x]) if config.device == "auto" else config.device
     if not found[name]:
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and world_size() == 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    try:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and world_size() == 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {error}") from error
     device = torch.device(name)
     fast = False
     if name == "cuda":
@@ -1219,7 +1222,6 @@ class Run:
         two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
         self.crop, self.split_two_views = training_crops(self.data.train, two_views)
         self.steps_per_epoch = num_images // config.batch_size
-        self.steps = config.epochs * self.steps_per_epoch
         self.go_to(0)
         self.rows = []
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
@@ -1425,7 +1427,7 @@ def show_progress(run: Run, rows: Iterator) -> None:
     bar = Progress(speed_estimate_period=math.inf)  # the time left is judged by all steps, however slow
     bar.disable = json or not bar.console.is_terminal
     with bar:
-        task = bar.add_task("", total=run.steps, completed=run.step)
+        task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
         for row in rows:
             bar.update(task, completed=run.step)
             if run.step % 10 == 1 and not bar.disable:  # not always: reading the loss waits for the device

@@ -1926,6 +1926,14 @@ class TestDevice:
             assert joined == ["cpu:gloo,cuda:nccl" if on_cuda else "gloo"] * (environment.get("WORLD_SIZE") == "8")
             assert expected == "cpu" or not autocast.keywords["enabled"]  # bf16 that is emulated is slow
 
+    @pytest.mark.parametrize("number", ["2", "two"])
+    def test_processes_that_cannot_join_are_an_error_that_names_the_variables(self, monkeypatch, number):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        for name in ("RANK", "MASTER_ADDR"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(UserError, match="^WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: "):
+            moco.pick_device(Config(device="cpu"))
+
     @pytest.mark.parametrize("precision, fast, bf16", [("auto", 1, 1), ("auto", 0, 0), ("bf16", 0, 1), ("fp32", 1, 0)])
     def test_precision_auto_is_bf16_where_the_cpu_has_it(self, monkeypatch, precision, fast, bf16):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(fast))
