@@ -737,11 +737,6 @@ PRESETS = {
 }
 
 
-def flag(name: str) -> str:
-    """Spell an option as on the command line."""
-    return "--" + name.replace("_", "-")
-
-
 # ────────────────────────────────────────────── Data ──────────────────────────────────────────────
 @dataclass
 class InMemory:
@@ -778,7 +773,7 @@ class Files:
         for an image that cannot be read."""
         pin_memory = self.workers > 0 and self.device.type == "cuda"
         options = dict(num_workers=self.workers, worker_init_fn=outlive_signals, pin_memory=pin_memory)
-        options["generator"] = Generator()  # else the loader draws from the global one
+        options |= dict(generator=Generator())  # else the loader draws from the global one
         # A copy, since training and its evaluation crop in two ways.
         loader = iter(DataLoader(replace(self, crop=crop), batch_size=None, sampler=plan, **options))
         try:
@@ -914,16 +909,14 @@ def load_folder(config: Config, device: torch.device) -> Data:
     test = [path for path in found if test_top and path.startswith(test_top)]
     class_of = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}
     names = sorted({class_of[path] for path in train if path in class_of})
-    classes = {name: i for i, name in enumerate(names)}
-    labeled = any(class_of.get(path) in classes for path in test)
-    if not labeled:
-        test_top = ""
-        test = []
-    for path in train + test:
-        if labeled and class_of.get(path) not in classes:
-            raise UserError(f"--data {root}: {path} is in none of the class folders {train_top}*")
-    tested = "no kNN: that needs train/CLASS/* and val/CLASS/*"
-    if labeled:
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = {path: numbers[name] for path, name in class_of.items() if name in numbers}
+    if labels.keys().isdisjoint(test):
+        labels, test, test_top = {}, [], ""
+        tested = "no kNN: that needs train/CLASS/* and val/CLASS/*"
+    elif unlabeled := [path for path in train + test if path not in labels]:
+        raise UserError(f"--data {root}: {unlabeled[0]} is in none of the class folders {train_top}*")
+    else:
         tested = f"{len(test)} to test on in {test_top}"
     description = f"{len(train)} images to train on in {train_top or root}, {tested}"
     if train_top and (others := tops - {train_top, test_top}):
@@ -931,10 +924,10 @@ def load_folder(config: Config, device: torch.device) -> Data:
     splits = []
     for split in (train, test):
         paths = np.array([os.fsencode(os.path.join(root, path)) for path in split])
-        labels = torch.tensor([classes[class_of[path]] for path in split]) if labeled else None
-        splits.append(read_small(Files(paths, labels, device, min(config.workers, os.cpu_count() or 1))))
+        targets = torch.tensor([labels[path] for path in split]) if labels else None
+        splits.append(read_small(Files(paths, targets, device, min(config.workers, os.cpu_count() or 1))))
     fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
-    return Data(splits[0], splits[1] if labeled else None, description, fingerprint)
+    return Data(splits[0], splits[1] if test else None, description, fingerprint)
 
 
 def read_small(files: Files) -> InMemory | Files:
@@ -973,16 +966,12 @@ def shapes(train: bool) -> tuple[Tensor, Tensor]:
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
-class Stopped(Exception):
-    """An evaluation was asked to stop."""
-
-
 @torch.no_grad()
 def extract_features(
     encoder: nn.Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
 ) -> Tensor:
-    """Return the images' pooled features float32 (M,D), or embeddings with --head, in eval mode. Raises Stopped
-    between two batches once stop() is true."""
+    """Return the images' pooled features float32 (M,D), or embeddings with --head, in eval mode. Raises
+    InterruptedError between two batches once stop() is true."""
     augment = Augment(config.aug, config.size)
     per_rank = math.ceil(len(images) / world_size())
     # Every rank has as many, the last image again and again if need be: all_gather wants equal shapes.
@@ -995,7 +984,7 @@ def extract_features(
     try:
         for batch, _ in images.batches(plan, augment.evaluation_view):
             if stop():
-                raise Stopped
+                raise InterruptedError
             with autocast():
                 features.append(embed_batch(augment.normalize(batch / 255)).float())
     finally:
@@ -1066,8 +1055,8 @@ def check_tensors(tensors: dict, expected: dict) -> None:
 
 
 def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. Raises OSError, or
-    UserError for a file that is damaged or no checkpoint."""
+    """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" has the options
+    that a checkpoint decides. Raises OSError, or UserError for a file that is damaged or no checkpoint."""
     try:
         if zipfile.is_zipfile(path):  # torch compares no checksums, and inflates or skips records
             archive = zipfile.ZipFile(path)
@@ -1079,7 +1068,10 @@ def load_checkpoint(path: str) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["epoch"] = int(checkpoint["epoch"])
         checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
-        checkpoint["config"] = dict(checkpoint.get("config", {}))
+        config = dict(checkpoint.get("config", {}))
+        if config.get("eval_size"):  # of versions before 0.3
+            config["size"] = config["eval_size"]
+        checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME.split()}
     except Exception as error:  # damaged bytes can cause any
         if isinstance(error, OSError) and error.filename:
             raise
@@ -1121,14 +1113,14 @@ def pick_device(config: Config) -> tuple[torch.device, Callable]:
     if not found[name]:
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
     try:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and world_size() == 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     except ValueError as error:
         raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {error}") from error
     device = torch.device(name)
     fast = False
     if name == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK") or rank())
+        local_rank = int(os.environ.get("LOCAL_RANK", rank()))
         device = torch.device(name, local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1203,9 +1195,11 @@ class Run:
         self.config = replace(config)  # checked again: world_size() is known now
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
-        for path in (config.out, self.csv_path):
-            advice = "give --resume to continue its run, --overwrite to replace it, or another --out"
-            check_out(path, config.overwrite or resumes or rank() > 0, advice)
+        may_exist = config.overwrite or resumes or rank() > 0
+        check_out(
+            config.out, may_exist, "give --resume to continue its run, --overwrite to replace it, or another --out"
+        )
+        check_out(self.csv_path, may_exist)
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
         if config.batch_size > num_images:
@@ -1257,7 +1251,8 @@ class Run:
         for name, value in own["config"].items():
             old = checkpoint["config"].get(name, value)
             if (value != old and name in FIXED.split()) or (name == "epochs" and value < old):
-                raise UserError(f"{flag(name)} {value}: --resume continues a run with {old}")
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} {value}: --resume continues a run with {old}")
         try:
             if checkpoint["fingerprint"] != own["fingerprint"]:
                 raise ValueError(f"--data {self.config.data} has other images")
@@ -1278,7 +1273,7 @@ class Run:
             return  # a complete run is left as it is
         self.save()
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(InterruptedError):
             if row := self.end_epoch(stop):  # resumed where kNN was stopped: finish that epoch first
                 self.save()
                 yield row
@@ -1308,8 +1303,8 @@ class Run:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step / self.steps_per_epoch)
 
     def end_epoch(self, stop: Callable) -> dict | None:
-        """Append and return the row of an epoch that has ended, with kNN if it is due. Raises Stopped if stop() is
-        true during kNN; the row is then made on resume."""
+        """Append and return the row of an epoch that has ended, with kNN if it is due. Raises InterruptedError if
+        stop() is true during kNN; the row is then made on resume."""
         config = self.config
         epoch = len(self.rows) + 1
         if self.step < epoch * self.steps_per_epoch:
@@ -1437,17 +1432,12 @@ def show_progress(run: Run, rows: Iterator) -> None:
                 bar.console.out(dumps(row) if json else describe({**row, "minutes_left": left}), highlight=False)
 
 
-def options_of(checkpoint: dict) -> dict:
-    """Return the options that a checkpoint decides."""
-    return {x: value for x, value in checkpoint["config"].items() if x in HINTS and x not in RUNTIME.split()}
-
-
 @command(" ".join(HINTS), Config)
 def train(**options: Any) -> list:
     """Train an encoder without labels."""
     out = options.get("out", Config.out)
     if options.get("resume") and os.path.exists(out):
-        options = options_of(load_checkpoint(out)) | options
+        options = load_checkpoint(out)["config"] | options
     run = Run(Config.from_preset(**options))
     config = run.config
     num_images = len(run.data.train)
@@ -1456,9 +1446,9 @@ def train(**options: Any) -> list:
     say = partial(print, file=sys.stderr if config.json and rank() == 0 else sys.stdout, flush=True)
     precision = "bf16" if run.autocast.keywords["enabled"] else "fp32"
     say(f"{config.data}: {run.data.description}; {run.device}, {precision}")
-    for name, limit in (("moco_k", num_images), ("knn_k", num_images / 2)):
-        if getattr(config, name) > limit:
-            say(f"note: {flag(name)} {getattr(config, name)} is large for {num_images} images")
+    for option, value, limit in (("moco-k", config.moco_k, num_images), ("knn-k", config.knn_k, num_images / 2)):
+        if value > limit:
+            say(f"note: --{option} {value} is large for {num_images} images")
     with catch_signals() as received:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
@@ -1471,9 +1461,7 @@ def train(**options: Any) -> list:
 def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
-    saved = {"preset": "v2"} | options_of(checkpoint)  # official ones have no options
-    if old_size := checkpoint["config"].get("eval_size"):  # of versions before 0.3
-        saved["size"] = old_size
+    saved = {"preset": "v2"} | checkpoint["config"]  # official ones have no options
     try:
         config = Config.from_preset(**saved | options)
     except (KeyError, TypeError, ValueError) as error:
@@ -1494,7 +1482,8 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
     names = EVALUATED if linear else f"{EVALUATED} knn_k knn_t"
     result |= {name: getattr(config, name) for name in names.split()}
     result |= dict(device=next(encoder.parameters()).device.type, bank=len(data.train), queries=len(data.test))
-    print(dumps(result) if config.json else describe(result))
+    if rank() == 0:
+        print(dumps(result) if config.json else describe(result))
     return result
 
 
@@ -1568,8 +1557,6 @@ def neighbors(checkpoint: Checkpoint, output: Output, **options: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run a command as on the command line. Raises SystemExit unless all went well; what a user can correct costs a
     line on stderr and exit status 2."""
-    with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
     try:
         app(args=argv)
     except SystemExit as end:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import dis
-import io
 import itertools
 import json
 import math
@@ -46,19 +45,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import moco
-from moco import (
-    Augment,
-    Config,
-    InMemory,
-    MoCo,
-    ResNetEncoder,
-    SplitBatchNorm,
-    SplitTwoViews,
-    UserError,
-    info_nce,
-    knn_predict,
-    rng,
-)
+from moco import Augment, Config, MoCo, ResNetEncoder, SplitBatchNorm, SplitTwoViews, UserError, info_nce, rng
 
 CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**31)
@@ -165,6 +152,10 @@ def on_ranks(size, function):
         return [torch.load(f"{place}/{rank}") for rank in range(size)]
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def gradient(y, x):
     return torch.autograd.grad(y, x, retain_graph=True)[0]
 
@@ -181,14 +172,6 @@ class TestRandomNumbers:
         keys = itertools.product((1, 11, 111), repeat=6)
         seeds = {rng("crop", *key).initial_seed() for key in keys}
         assert len(seeds) == 3**6
-
-    def test_generators_do_not_disturb_each_other_or_the_global_one(self):
-        expected = draws(rng(1), 4)
-        state = torch.get_rng_state()
-        first = rng(1)
-        draws(rng(2), 4)
-        assert torch.equal(draws(first, 4), expected)
-        assert torch.equal(torch.get_rng_state(), state)
 
     def test_a_key_has_the_same_generator_on_every_machine(self):
         assert rng("step", 1, 2).initial_seed() == 3900142208
@@ -385,12 +368,12 @@ def directions(im_q, im_k, symmetric):
 
 
 class TestMoCo:
-    def test_the_queue_starts_as_unit_columns_and_the_key_encoder_as_an_equal_copy(self):
+    def test_queue_and_memory_bank_start_as_unit_vectors_and_the_key_encoder_as_an_equal_copy(self):
         model = MoCo(nn.Linear(5, 16), dim=16, K=4000)
-        assert model.queue.shape == (16, 4000)
         assert model.queue_ptr.tolist() == [0]
-        close(model.queue.norm(dim=0), torch.ones(4000))
-        assert model.queue.mean(1).norm() < 0.05  # in all directions
+        for keys in (model.queue, moco.MemoryBank(nn.Linear(5, 16), num_images=4000, dim=16).bank.T):
+            close(keys.norm(dim=0), torch.ones(4000))
+            assert keys.mean(1).norm() < 0.05  # in all directions
         for k, q in parameters_of(model):
             assert torch.equal(q, k)
             assert q.data_ptr() != k.data_ptr()
@@ -481,15 +464,6 @@ class TestMoCo:
         on_ranks(2, refuse)
 
 
-MECHANISMS = {  # of an encoder with 4 dimensions, for 9 images
-    "moco": partial(MoCo, dim=4, K=5),
-    "symmetric": partial(MoCo, dim=4, K=20, symmetric=True),
-    "end-to-end": moco.EndToEnd,
-    "memory-bank": partial(moco.MemoryBank, num_images=9, dim=4, K=5),
-    "simclr": moco.SimCLR,
-}
-
-
 def encoder_and_views(seed, n):
     torch.manual_seed(seed)
     im_q, im_k = torch.randn(2, n, 5, dtype=torch.float64)
@@ -530,11 +504,6 @@ class TestMechanisms:
         bank[indices] = F.normalize(m * bank[indices] + (1 - m) * q.detach(), dim=1)
         close(model.bank, bank, atol=1e-8)
 
-    def test_the_memory_bank_starts_as_unit_rows_in_all_directions(self):
-        bank = moco.MemoryBank(nn.Linear(5, 16), num_images=4000, dim=16).bank
-        close(bank.norm(dim=1), torch.ones(4000))
-        assert bank.mean(0).norm() < 0.05
-
     def test_the_memory_bank_sees_one_view_and_stays_in_eval_mode(self):
         encoder, im_q, im_k = encoder_and_views(0, 3)
         model = moco.MemoryBank(encoder, num_images=9, dim=4, K=5).double().eval()
@@ -556,33 +525,6 @@ class TestMechanisms:
         actual = moco.SimCLR(encoder, t)(im_q, im_k)
         close(actual, expected, atol=1e-9)
         close(gradient(actual, encoder.weight), gradient(expected, encoder.weight), atol=1e-8)
-
-    @pytest.mark.parametrize("name", MECHANISMS)
-    def test_ranks_with_plain_batch_norm_compute_what_one_process_does_with_as_many_splits(self, name):
-        im_q, im_k = torch.randn(2, 8, 2, 2, 2, dtype=torch.float64)
-        indices = torch.tensor([8, 3, 1, 0, 4, 5, 7, 2])
-
-        def step():
-            torch.manual_seed(1)
-            norm = SplitBatchNorm(2, 2 // moco.world_size())
-            model = MECHANISMS[name](nn.Sequential(norm, nn.Flatten(), nn.Linear(8, 4))).double()
-            loss = model(*map(moco.local_rows, (im_q, im_k)), rng(0), moco.local_rows(indices))
-            return loss.detach(), [x for name, x in model.named_buffers() if "encoder" not in name]
-
-        loss, buffers = step()
-        losses, buffers_of_ranks = zip(*on_ranks(2, step))
-        close(sum(losses) / 2, loss, atol=1e-10)
-        for others in buffers_of_ranks:
-            close(others, buffers, atol=1e-10)
-
-    @pytest.mark.parametrize("method", ["moco", "end-to-end", "memory-bank", "simclr"])
-    def test_every_mechanism_trains_saves_and_is_evaluated(self, few, run, method):
-        options = "--preset tiny --width 0.125 --batch-size 8 --epochs 1 --knn-k 5 --device cpu --method"
-        assert run("train", *options.split(), method)[0] == 0
-        names = {name.split(".")[1] for name in moco.load_checkpoint("ckpt.pt")["state_dict"]}
-        extra = {"moco": {"encoder_k", "queue", "queue_ptr"}, "memory-bank": {"bank"}}
-        assert names == {"encoder_q"} | extra.get(method, set())
-        assert run("knn", "ckpt.pt")[0] == 0
 
 
 def copy_of(bn):
@@ -643,10 +585,6 @@ class TestEncoder:
     def test_a_batch_that_cannot_be_split_evenly_is_a_value_error(self):
         with pytest.raises(ValueError):
             SplitBatchNorm(3, 2)(torch.randn(7, 3, 2, 2))
-
-    def test_split_batch_norm_keeps_channels_last(self):
-        x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
-        assert SplitBatchNorm(3, 2)(x).is_contiguous(memory_format=torch.channels_last)
 
     @pytest.mark.parametrize("arch, stem, size", [
         ("resnet18", "cifar", 16), *((arch, "imagenet", 64) for arch in moco.ARCHS),
@@ -852,18 +790,6 @@ class TestViews:
                 x = torch.where(chosen, transform(x, generator, *strengths), x)
             close(view, normalize(x), atol=1e-3)
 
-    def test_transforms_are_chosen_independently_applied_in_order_and_change_nothing_else(self):
-        def append(digit):
-            return lambda x, generator: 10 * x + digit
-
-        recipe = [(0.2, append(1)), (0.5, append(2)), (0.8, append(3))]
-        numbers = augment_of(*recipe).augment_crops(torch.zeros(4000, 3, 1, 1), rng(0))[:, 0, 0, 0]
-        expected = {0: 0.08, 1: 0.02, 2: 0.08, 3: 0.32, 12: 0.02, 13: 0.08, 23: 0.32, 123: 0.08}
-        values, counts = numbers.unique(return_counts=True)
-        assert values.tolist() == sorted(expected)
-        wanted = 4000 * torch.tensor([expected[x] for x in values.tolist()])
-        assert ((counts - wanted) ** 2 / wanted).sum() < 24.3  # chi-squared of 7: false alarm 1 in 1000
-
     @pytest.mark.parametrize("of_files", [False, True])
     @pytest.mark.parametrize("augment", [
         augment_of(scale=(0.1, 0.4)),
@@ -976,31 +902,6 @@ class TestStep:
             close(encoder.weight.detach(), theta_q, atol=1e-12)
             close(model.encoder_k.weight, theta_k, atol=1e-12)
 
-    def test_the_model_gets_two_views_generator_and_indices_and_alone_computes_under_autocast(self):
-        images, indices = images_of(2), torch.tensor([5, 3])
-        weight = nn.Parameter(torch.ones(()))
-        weight.grad = torch.tensor(9.0)  # of an earlier step
-        generator = rng(0)
-        casts = []
-
-        def split_two_views(*arguments):
-            assert arguments == (images, generator)
-            casts.append(torch.is_autocast_enabled("cpu"))
-            return "x_q", "x_k"
-
-        def model(*arguments):
-            assert arguments == ("x_q", "x_k", generator, indices)
-            casts.append(torch.is_autocast_enabled("cpu"))
-            return 3 * weight
-
-        weight.register_hook(lambda _: casts.append(torch.is_autocast_enabled("cpu")))
-        optimizer = torch.optim.SGD([weight], 1.0)
-        bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
-        loss = moco.train_step(model, optimizer, split_two_views, images, generator, indices, bf16)
-        assert casts == [False, True, False]
-        assert (loss.item(), loss.requires_grad) == (3, False)
-        assert weight.item() == 1 - 3
-
 
 def slope(linear, x, y, decay=1e-4):
     """Return the largest gradient of cross-entropy + decay/2·‖W‖² at a linear classifier; 0 at the minimum."""
@@ -1023,31 +924,31 @@ class TestEvaluation:
             nearest = cosine.argsort(descending=True)[:k]  # all of them if there are fewer than k
             votes = (cosine[nearest] / t).exp() @ F.one_hot(labels[nearest], 3).double()
             expected.append(votes.argmax())
-        assert torch.equal(knn_predict(x / length, bank * length, labels, 3, k, t), torch.stack(expected))
+        assert torch.equal(moco.knn_predict(x / length, bank * length, labels, 3, k, t), torch.stack(expected))
 
     @pytest.mark.parametrize("other, k, t", [((0.0, 0.0), 1, 0.1), ((0.6, 0.8), 2, 1e-3)])
     def test_the_nearest_wins_over_a_vector_of_zeros_and_where_exponentials_would_overflow(self, other, k, t):
         query = torch.tensor([[1.0, 0.0]])
         bank = torch.tensor([other, (0.8, 0.6)])
-        assert knn_predict(query, bank, torch.arange(2), 2, k, t).item() == 1
+        assert moco.knn_predict(query, bank, torch.arange(2), 2, k, t).item() == 1
 
     @pytest.mark.parametrize("queries, rows, nbytes", [(1000, 2**18, 2**27), (3, 2**25 + 1, 2**27 + 4)])
     def test_similarities_take_at_most_128_mib_or_one_row(self, queries, rows, nbytes):
         labels = torch.empty(rows, dtype=torch.long, device="meta")
         with LargestTensor() as largest, torch.device("meta"):
-            knn_predict(torch.empty(queries, 1), torch.empty(rows, 1), labels, 5, 20, 0.1)
+            moco.knn_predict(torch.empty(queries, 1), torch.empty(rows, 1), labels, 5, 20, 0.1)
         assert largest.nbytes == nbytes
 
     def test_knn_does_not_copy_the_bank(self):
         bank = torch.randn(500, 64)
         with LargestTensor() as largest:
-            knn_predict(torch.randn(2, 64), bank, torch.arange(500), 500, 5, 0.1)
+            moco.knn_predict(torch.randn(2, 64), bank, torch.arange(500), 500, 5, 0.1)
         assert largest.nbytes < bank.nbytes
 
     @pytest.mark.parametrize("k, m", [(0, 3), (1, 0)])
     def test_no_neighbor_to_vote_is_a_value_error(self, k, m):
         with pytest.raises(ValueError, match=f"k = {k} of {m}: at least one"):
-            knn_predict(torch.randn(1, 2), torch.randn(m, 2), torch.arange(m), 3, k, 0.1)
+            moco.knn_predict(torch.randn(1, 2), torch.randn(m, 2), torch.arange(m), 3, k, 0.1)
 
     @pytest.mark.parametrize("scale", [1, 50])
     @pytest.mark.parametrize("decay", [1e-4, 1e-2])
@@ -1083,7 +984,7 @@ OPERATIONS = {  # of images x (8,3,24,24) in [0,1]
     "views of cifar": partial(views_of, "cifar"),
     "views of v1": partial(views_of, "v1"),
     "views of v2": partial(views_of, "v2"),
-    "kNN": lambda x: knn_predict(x[:3].flatten(1), x.flatten(1), labels_for(x), 2, 4, 0.1),
+    "kNN": lambda x: moco.knn_predict(x[:3].flatten(1), x.flatten(1), labels_for(x), 2, 4, 0.1),
     "linear": lambda x: moco.fit_linear(x[:, 0, 0], labels_for(x), 2, decay=0.1).weight,
 }
 
@@ -1183,7 +1084,7 @@ class TestCuda:
             run.optimizer.state = {x: {"momentum_buffer": torch.empty_like(x)} for x in group["params"]}
             run.autocast = CUDA_BF16
             run.losses = torch.empty(run.losses.shape, device="cuda")
-            data = InMemory(fake_bytes(40, 3, 32, 32), None)
+            data = moco.InMemory(fake_bytes(40, 3, 32, 32), None)
             for images, indices in data.batches([(0, torch.arange(8))], run.crop):
                 run.take_step(images, indices)
             run.split_two_views = run.split_two_views.from_crops
@@ -1207,8 +1108,8 @@ class TestCuda:
             data.train.device = torch.device("cuda")
             data.test.device = torch.device("cuda")
             if not of_files:
-                data.train = InMemory(fake_bytes(20, 3, 32, 32), data.train.labels)
-                data.test = InMemory(fake_bytes(8, 3, 32, 32), data.test.labels)
+                data.train = moco.InMemory(fake_bytes(20, 3, 32, 32), data.train.labels)
+                data.test = moco.InMemory(fake_bytes(8, 3, 32, 32), data.test.labels)
             features = moco.extract_features(encoder, data.test, config, CUDA_BF16)
             assert features.device.type == "cuda"
             assert features.dtype == torch.float32
@@ -1225,18 +1126,6 @@ class TestCuda:
             classifier = moco.fit_linear(features, torch.zeros(8, dtype=torch.long, device="meta"), 2)
         assert classifier.weight.device.type == "meta"
         assert classifier.bias.device.type == "meta"
-
-    @pytest.mark.parametrize("bad", [
-        lambda x: x[torch.tensor([0])], lambda x: x + torch.ones(3), lambda x: torch.ones(3).to(x.device),
-        lambda x: torch.ones(3).copy_(x), lambda x: x[x > 0],
-    ])  # fmt: skip
-    def test_a_tensor_left_behind_and_a_copy_that_waits_and_a_number_that_is_read_are_noticed(self, bad):
-        with fake_cuda() as watch:
-            x = torch.ones(3, device="cuda")
-            with pytest.raises(Exception, match="mixes devices|copy that waits|nonzero"):
-                bad(x)
-            assert x.sum().item() == 0
-            assert watch.reads == 1
 
 
 # ───────────────────────────────────────────────── Config ─────────────────────────────────────────────────
@@ -1311,7 +1200,7 @@ class TestData:
         assert sums.tolist() == pytest.approx(SHAPES, rel=0, abs=20)  # another CPU may round a level otherwise
         assert torch.equal(data.train.labels, torch.arange(6000) % 10)
         assert torch.equal(data.test.labels, torch.arange(2000) % 10)
-        right = knn_predict(test[:500], train, data.train.labels, 10, 20, 0.1) == data.test.labels[:500]
+        right = moco.knn_predict(test[:500], train, data.train.labels, 10, 20, 0.1) == data.test.labels[:500]
         assert 0.1 < right.float().mean() < 0.4
 
     @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -1478,7 +1367,7 @@ class TestData:
         monkeypatch.setattr(moco, "MEMORY", 3 * 3 * 12 * 10 - missing)
         place_images(tmp_path, "0 1 2")
         PIL.Image.new("RGB", size).save(tmp_path / f"{place}.png")
-        held = isinstance(load_folder(tmp_path, in_memory=True).train, InMemory)
+        held = isinstance(load_folder(tmp_path, in_memory=True).train, moco.InMemory)
         assert held == (size == (12, 10) and not missing)
 
     @pytest.mark.parametrize("asked, workers", [(0, 0), (1, 1), (10**6, 1)])
@@ -1488,35 +1377,6 @@ class TestData:
         plan = [(0, torch.tensor([i])) for i in range(4)]
         processes = {int(x) for x, _ in files.batches(plan, lambda *_: torch.full((1, 1, 1), os.getpid()))}
         assert len(processes - {os.getpid()}) == files.workers == workers
-
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_streamed_batch_has_the_two_crops_of_each_image(self, image_folder, workers):
-        files = load_folder(image_folder, workers=workers).train
-        views = SplitTwoViews(Augment(size=16), seed=3)
-        plan = [(0, torch.tensor([1, 4])), (5, torch.tensor([4, 0, 2])), (6, torch.arange(20))]
-        batches = files.batches(iter(plan), views.crop_file)
-        for (epoch, indices), (batch, numbers) in zip(plan, batches, strict=True):
-            assert torch.equal(numbers, indices)
-            assert (batch.shape, batch.dtype) == ((2, len(indices), 3, 16, 16), torch.uint8)
-            for i, crops in zip(indices.tolist(), batch.transpose(0, 1)):
-                image = tvf.pil_to_tensor(default_loader(os.fsdecode(files.paths[i])))
-                assert torch.equal(crops, views.crop_file(image, epoch, i))
-
-    def test_two_loops_over_the_same_files_crop_in_two_ways(self, image_folder):
-        files = load_folder(image_folder).train
-        plan = [(0, torch.tensor([0]))] * 2
-        training = files.batches(plan, lambda image, *_: image[:1])
-        evaluation = files.batches(plan, lambda image, *_: image[:2])
-        assert [next(batches)[0].shape[1] for batches in (training, evaluation, training)] == [1, 2, 1]
-
-    def test_a_worker_outlives_the_first_signal_of_each_kind_which_the_run_acts_upon(self, image_folder):
-        def signaled(*_):
-            for number in moco.SIGNALS:
-                os.kill(os.getpid(), number)
-            handlers = [signal.getsignal(number) for number in moco.SIGNALS]
-            return torch.tensor([x == signal.SIG_DFL for x in handlers]).view(-1, 1, 1)
-
-        assert batch_of(load_folder(image_folder, workers=1).train, [0], signaled).flatten().tolist() == [True] * 4
 
 
 class Embedding(nn.Module):
@@ -1536,27 +1396,16 @@ def pixel_sums(x):
 
 
 def extract(encoder, images, **options):
-    return moco.extract_features(encoder, InMemory(images, None), tiny_config(**options), contextlib.nullcontext)
+    return moco.extract_features(encoder, moco.InMemory(images, None), tiny_config(**options), contextlib.nullcontext)
 
 
 def measure(encoder, train, test, autocast=contextlib.nullcontext, linear=False, stop=bool, **options):
     """Return the accuracy of an encoder on images and labels."""
-    data = moco.Data(InMemory(*train), InMemory(*test), "", "")
+    data = moco.Data(moco.InMemory(*train), moco.InMemory(*test), "", "")
     return moco.accuracy(encoder, data, tiny_config(**{"size": 12, **options}), autocast, linear, stop)
 
 
 class TestFeatures:
-    @pytest.mark.parametrize("in_memory", [False, True])
-    @pytest.mark.parametrize("aug", moco.RECIPES)
-    def test_an_image_is_resized_center_cropped_and_normalized(self, tmp_path, aug, in_memory):
-        for i, image in enumerate(images_of(3, 40, 48)):
-            tvf.to_pil_image(image).save(tmp_path / f"{i}.png")
-        split = load_folder(tmp_path, in_memory).train
-        config = tiny_config(aug=aug, size=24, head=True)
-        features = moco.extract_features(nn.Flatten(), split, config, contextlib.nullcontext)
-        views = Augment(aug, 24).evaluation_view(images_of(3, 40, 48)) / 255
-        close(features, tvf.normalize(views, moco.RECIPES[aug].mean, moco.RECIPES[aug].std).flatten(1))
-
     def test_features_are_in_the_order_of_the_images_in_float32_and_computed_few_at_a_time(self):
         sizes = []
         images = images_of(1100, 9, 9)
@@ -1586,7 +1435,7 @@ class TestFeatures:
         seen = []
         encoder = Embedding(lambda x: seen.append(len(x)) or pixel_sums(x))
         train, test = ((images_of(n, 12, 12), torch.arange(n)) for n in (1100, 600))  # three batches, and two
-        with pytest.raises(moco.Stopped):
+        with pytest.raises(InterruptedError):
             measure(encoder, train, test, stop=lambda: len(seen) >= batches)
         assert (len(seen), encoder.training) == (batches, True)
 
@@ -1608,7 +1457,7 @@ class TestFeatures:
             std, mean = torch.std_mean(bank, 0)
             predicted = moco.fit_linear((bank - mean) / std, labels, 3)((queries - mean) / std).argmax(1)
         else:
-            predicted = knn_predict(queries, bank, labels, 3, 9, 0.02)
+            predicted = moco.knn_predict(queries, bank, labels, 3, 9, 0.02)
         options = dict(linear=linear, aug="v2", head=head, knn_k=9, knn_t=0.02)
         top1 = measure(encoder, (sets[0], labels), (sets[1], answers), **options)
         assert top1 == pytest.approx(100 * (predicted == answers).sum().item() / 91)
@@ -1814,14 +1663,6 @@ class TestCheckpoints:
         assert torch.equal(loaded(x), encoder(x) if head else encoder.features(x))
         assert not loaded.training
 
-    def test_a_checkpoint_with_options_and_a_head_of_another_version_is_evaluated(self, few, checkpoint, tmp_path):
-        head = {"module.encoder_q.fc.1.running_mean": torch.zeros(3)}
-        options = dict(optimizer="muon", tensorboard="", eval_size=24, mlp_dim=24, knn_k=3)
-        path = str(tmp_path / "old.pt")
-        torch.save(edited(checkpoint, dict(config=options, state_dict=head, epoch=torch.tensor(7))), path)
-        assert moco.knn(path, device="cpu").items() >= dict(queries=20, knn_k=3, epoch=7, size=24).items()
-        assert moco.knn(path, device="cpu", size=32)["size"] == 32
-
     def test_export_writes_the_query_encoder_without_its_head(self, run, checkpoint):
         torch.save(checkpoint, "c.pt")
         assert [run("export", "c.pt", "b.pt", *more)[0] for more in ([], [], ["--overwrite"])] == [0, 2, 0]
@@ -1848,9 +1689,8 @@ def saved(folder, name="c.pt"):
 def lasting(folder, name="c.pt"):
     """Return a checkpoint without times and how it ran, which no two runs share."""
     checkpoint = saved(folder, name)
-    config = {key: x for key, x in checkpoint["config"].items() if key not in moco.RUNTIME.split()}
     rows = [{**row, "seconds": None, "images_per_s": None} for row in checkpoint["rows"]]
-    return {**checkpoint, "config": config, "rows": rows, "seconds": None}
+    return {**checkpoint, "rows": rows, "seconds": None}
 
 
 @pytest.fixture(scope="module")
@@ -1883,15 +1723,6 @@ class TestOptimization:
     def test_the_learning_rate_decays_by_a_cosine_or_a_schedule(self, options, epochs, expected):
         config = Config.from_preset(**options, lr=0.4)
         close([moco.learning_rate(config, epoch) for epoch in epochs], [0.4 * x for x in expected])
-
-    @given(SEEDS, st.integers(8, 40))
-    def test_an_epoch_shows_every_image_at_most_once_in_full_batches(self, seed, n):
-        plan = [*moco.batch_plan(n, tiny_config(seed=seed))]
-        assert [epoch for epoch, _ in plan] == [0] * (n // 8) + [1] * (n // 8)
-        for steps in (plan[: n // 8], plan[n // 8 :]):
-            shown = torch.stack([indices for _, indices in steps])
-            assert shown.shape == (n // 8, 8)
-            assert len(set(shown.flatten().tolist()) & set(range(n))) == shown.numel()
 
 
 class TestDevice:
@@ -1959,7 +1790,7 @@ class TestRun:
         options = dict(method=method, symmetric=method == "moco", moco_t=0.37, moco_k=48, moco_m=0.625)
         options |= dict(moco_dim=12, mlp=False, arch="resnet10", stem="imagenet", size=40, bn_splits=4, aug="v2")
         if streamed:
-            options |= dict(data=str(image_folder), workers=0)
+            options |= dict(data=str(image_folder), workers=1)
             images = [tvf.pil_to_tensor(image) for image, _ in torchvision.datasets.ImageFolder(image_folder / "train")]
         n = len(images)
         steps = n // 8
@@ -2167,7 +1998,7 @@ class TestNeverLosingARun:
         options = dict(out=str(tmp_path / out))
         for name in (out, rows):
             (tmp_path / name).write_text("of another run")
-            with pytest.raises(UserError, match=f"{name}: exists already; give --resume"):
+            with pytest.raises(UserError, match=f"{name}: exists already; give --"):
                 moco.Run(tiny_config(**options))
             assert [path.read_text() for path in tmp_path.iterdir()] == ["of another run"]
             (tmp_path / name).rename(tmp_path / rows)
@@ -2237,7 +2068,7 @@ class TestNeverLosingARun:
     def test_resume_refuses_by_name_what_may_not_change(self, few, tmp_path, checkpoint, change):
         torch.save(checkpoint, tmp_path / "c.pt")
         name, value = next(iter(change.items()))
-        with pytest.raises(UserError, match=f"^{moco.flag(name)} {value}: .* with {checkpoint['config'][name]}$"):
+        with pytest.raises(UserError, match=f"^{flag(name)} {value}: .* with {checkpoint['config'][name]}$"):
             training(tmp_path, resume=True, **change)
 
     @pytest.mark.parametrize("change", [
@@ -2394,7 +2225,7 @@ def unusual(tmp_path_factory, small_sets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moco, "shapes", lambda train: small_sets[train])
         moco.main(["train", f"--out={path}", *UNUSUAL.split()])
-    checkpoint = moco.load_checkpoint(path)
+    checkpoint = torch.load(path)
     config = checkpoint["config"]
     config |= dict(out="/", workers=10**6, device="mps", compile=True)
     defaults = [name for name in moco.HINTS if config[name] == getattr(Config, name)]
@@ -2455,7 +2286,7 @@ class TestCommandLine:
         flags = "--overwrite --no-mlp --knn-every=0 --wd=0 --no-cos --epochs=3 --schedule=1 --schedule=2"
         given = dict(overwrite=True, mlp=False, knn_every=0, wd=0.0, cos=False, epochs=3, schedule=(1, 2))
         assert run("train", *QUICK, *flags.split())[0] == 0
-        saved = moco.load_checkpoint("ckpt.pt")
+        saved = torch.load("ckpt.pt")
         assert saved["config"].items() >= dict(given, preset="tiny", moco_k=256).items()
         close([row["lr"] for row in saved["rows"]], [0.06, 0.006, 0.0006])
 
@@ -2464,7 +2295,7 @@ class TestCommandLine:
         assert run("train", "--resume", "--out=c.pt", "--device=cpu", "--epochs=3", "--lr=0.5")[0] == 0
         how_to_run = dict(overwrite=False, save_seconds=300, root="data", workers=2, compile=False, json=False)
         expected = unusual["config"] | how_to_run | dict(resume=True, out="c.pt", device="cpu", epochs=3, lr=0.5)
-        assert moco.load_checkpoint("c.pt")["config"] == expected
+        assert torch.load("c.pt")["config"] == expected
 
     def test_train_says_what_it_found_and_knn_measures_the_same(self, folder, run):
         _, out, _ = run("train", *QUICK, f"--data={folder}", "--epochs=1", "--moco-k=8", "--out=c c.pt")
@@ -2506,7 +2337,7 @@ class TestCommandLine:
         top1 = moco.accuracy(moco.load_encoder(unusual, "", True), data, config, autocast, command == "linear")
         expected = dict(options, classifier=command, top1=top1, bank=40, queries=20, checkpoint="c.pt", epoch=2)
         expected |= dict(json=True, root="data", workers=2, device="cpu")  # no checkpoint decides these
-        flags = [f"{moco.flag(name)}={x}" for name, x in given.items()]
+        flags = [f"{flag(name)}={x}" for name, x in given.items()]
         assert json.loads(run(command, "c.pt", "--json", "--device=cpu", *flags)[1]) == expected
         assert getattr(moco, command)("c.pt", json=True, device="cpu", **given) == expected
 
@@ -2578,7 +2409,7 @@ class TestCommandLine:
         assert all(f"{command.name} {command.help[:40]}" in out for command in moco.app.registered_commands)
         helps = [run(command, "--help")[1] for command in ("train", "knn", "linear", "neighbors")]
         assert ["default:" in text for text in helps] == [True, False, False, False]  # those of the checkpoint count
-        assert {moco.flag(name) for name in moco.HINTS} <= set(helps[0].split())
+        assert {flag(name) for name in moco.HINTS} <= set(helps[0].split())
 
     def test_processes_that_know_their_ranks_train_together_and_rank_0_prints_and_writes(self, few, tmp_path):
         def work(rank):
@@ -2601,13 +2432,6 @@ class TestCommandLine:
             process.stdout.close()
             err = process.stderr.read()
         assert (process.returncode, err) in ((0, b""), (2, b"moco: stdout was closed\n"))
-
-    def test_a_path_of_letters_that_the_terminal_lacks_is_printed_escaped(self, run, unusual, monkeypatch):
-        torch.save(unusual, "c.pt")
-        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-        monkeypatch.setattr(sys, "stdout", terminal)
-        moco.main(["export", "c.pt", "ü.pt"])
-        assert terminal.buffer.getvalue() == b"wrote \\xfc.pt\n"
 
 
 class TestReadme:
@@ -2658,10 +2482,10 @@ class TestReadme:
     def test_its_table_of_presets_is_that_of_the_file(self):
         (table,) = re.findall(r"(?m)^\| preset \|.*\n(?:\|.*\n)+", README)
         rows = [re.split(r"[ `]*\|[ `]*", row.strip("| ")) for row in table.splitlines()]
-        shown = {moco.flag(option.strip("`-")): values for option, *values in rows}
+        shown = {flag(option.strip("`-")): values for option, *values in rows}
         for name in moco.HINTS:
             values = [str(getattr(Config.from_preset(preset), name)) for preset in moco.PRESETS]
-            assert shown.pop(moco.flag(name), values[:1] * len(values)) == values  # else all presets have the same
+            assert shown.pop(flag(name), values[:1] * len(values)) == values  # else all presets have the same
         assert shown.keys() == {"--"}  # the line below the header
 
     def test_its_commands_and_flags_exist_and_its_test_command_is_that_of_ci(self, run):
