@@ -896,9 +896,24 @@ def find_split(tops: set[str], kind: str) -> str:
     return fitting[0] if fitting else ""
 
 
+def number_classes(train: list[str], test: list[str]) -> dict[str, int]:
+    """Return each path's label, the number of its class folder in train; {} if no test image lies in such a class.
+    Raises UserError if some images do and some do not."""
+    class_of = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}
+    names = sorted({class_of[path] for path in train if path in class_of})
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = {path: numbers[name] for path, name in class_of.items() if name in numbers}
+    if labels.keys().isdisjoint(test):
+        return {}
+    for path in train + test:
+        if path not in labels:
+            raise UserError(f"--data: {path} is in none of the class folders to train on")
+    return labels
+
+
 def load_folder(config: Config, device: torch.device) -> Data:
     """Find train/CLASS/* and a test split beside it; any other tree of images has no labels. Raises UserError for a
-    folder without images, or if some are in a class of train and some are not."""
+    folder without images."""
     root = config.data
     if not os.path.isdir(root):
         raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
@@ -910,20 +925,15 @@ def load_folder(config: Config, device: torch.device) -> Data:
     test_top = (find_split(tops, "val") or find_split(tops, "test")) if train_top else ""
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-    class_of = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}
-    names = sorted({class_of[path] for path in train if path in class_of})
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = {path: numbers[name] for path, name in class_of.items() if name in numbers}
-    if labels.keys().isdisjoint(test):
-        labels, test, test_top = {}, [], ""
+    labels = number_classes(train, test)
+    tested = f"{len(test)} to test on in {test_top}"
+    if not labels:
+        test, test_top = [], ""
         tested = "no kNN: that needs train/CLASS/* and val/CLASS/*"
-    elif unlabeled := [path for path in train + test if path not in labels]:
-        raise UserError(f"--data {root}: {unlabeled[0]} is in none of the class folders {train_top}*")
-    else:
-        tested = f"{len(test)} to test on in {test_top}"
     description = f"{len(train)} images to train on in {train_top or root}, {tested}"
     if train_top and (others := tops - {train_top, test_top}):
         description += f"; not read: {' '.join(sorted(others))}"
+    fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
     workers = min(config.workers, os.cpu_count() or 1)
 
     def read(split: list[str]) -> InMemory | Files:
@@ -931,7 +941,6 @@ def load_folder(config: Config, device: torch.device) -> Data:
         targets = torch.tensor([labels[path] for path in split]) if labels else None
         return read_small(Files(paths, targets, device, workers))
 
-    fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
     return Data(read(train), read(test) if test else None, description, fingerprint)
 
 

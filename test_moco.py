@@ -1257,9 +1257,9 @@ class TestData:
         ("a/.x/1", "--data {0}: no images"),
         ("train/a/1 valid/a/2 validation/a/3", "--data: valid/ and validation/ fit equally well"),
         ("train/a/1 Train/a/2 val/a/3", "--data: Train/ and train/ fit equally well"),
-        ("train/a/1 val/a/2 val/3", "--data {0}: val/3.png is in none of the class folders train/*"),
-        ("train/a/1 val/a/2 val/b/3", "--data {0}: val/b/3.png is in none of the class folders train/*"),
-        ("train/a/1 val/a/2 train/3", "--data {0}: train/3.png is in none of the class folders train/*"),
+        ("train/a/1 val/a/2 val/3", "--data: val/3.png is in none of the class folders to train on"),
+        ("train/a/1 val/a/2 val/b/3", "--data: val/b/3.png is in none of the class folders to train on"),
+        ("train/a/1 val/a/2 train/3", "--data: train/3.png is in none of the class folders to train on"),
     ])  # fmt: skip
     def test_a_folder_is_refused_if_missing_empty_ambiguous_or_partly_in_classes(self, tmp_path, files, words):
         top = tmp_path / "set"
