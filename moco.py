@@ -718,8 +718,8 @@ class Config:
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
 # What --resume may not change: these decide what the checkpoint's tensors mean.
-FIXED = """preset method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits aug size
-batch_size""".split()
+FIXED = "preset method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits".split()
+FIXED += ["aug", "size", "batch_size"]
 # How to run: never taken from a checkpoint.
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
@@ -1237,9 +1237,7 @@ class Run:
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
         may_exist = config.overwrite or resumes or rank() > 0
-        check_out(
-            config.out, may_exist, "give --resume to continue its run, --overwrite to replace it, or another --out"
-        )
+        check_out(config.out, may_exist, "give --resume to go on, --overwrite to replace it, or another --out")
         check_out(self.csv_path, may_exist)
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
