@@ -5,8 +5,8 @@
 # SPDX-License-Identifier: MIT
 """Momentum Contrast (MoCo) in one file: the method first, then what trains and evaluates it.
 
-Result: `python moco.py train --preset tiny`, on built-in images, has a kNN accuracy of 81.1, 83.0 and 79.6 % for three
-seeds (an untrained encoder: 35 to 39 %); one thread of an AMD EPYC, float32, torch 2.14.1. CIFAR-10: see the README.
+Result: `python moco.py train --preset tiny`, on built-in images, reaches a kNN accuracy of 81.1, 83.0 and 79.6 % with
+three seeds (untrained encoder: 35 to 39 %) on one thread of an AMD EPYC, float32, torch 2.14.1. CIFAR-10: see README.
 
 MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One training step:
 
@@ -84,10 +84,16 @@ def local_rows(x: Tensor) -> Tensor:
     return x.chunk(world_size())[rank()]
 
 
+def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return x on a device, without waiting for CUDA."""
+    # On MPS, such a copy may read its source after that was freed: pytorch issue 189690.
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def uniform(generator: Generator, n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return uniform numbers in [0,1), one row per image of this rank: (n,*shape). Each rank draws for the global batch
-    and keeps its own rows, so results do not depend on the number of ranks."""
-    return local_rows(torch.rand(world_size() * n, *shape, generator=generator)).to(device, non_blocking=True)
+    """Return uniform numbers (n,*shape) in [0,1) for this rank's n images. Each rank draws for the global batch and
+    keeps its own rows, so results do not depend on the number of ranks."""
+    return copy_to(local_rows(torch.rand(world_size() * n, *shape, generator=generator)), device)
 
 
 class AllGather(torch.autograd.Function):
@@ -116,18 +122,18 @@ def all_gather(x: Tensor) -> Tensor:
 # ──────────────────────────────────────────── Contrast ────────────────────────────────────────────
 def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor | None = None) -> Tensor:
     """Return InfoNCE, MoCo eq. 1: −q·k₊/T + log( exp(q·k₊/T) + Σᵢ exp(q·kᵢ/T) ), the mean over N. q, k (N,C): unit
-    rows; negatives (C,K): unit columns; ignore (N,K): True where one is left out. Equals cross-entropy over the K+1
-    logits [q·k₊, q·kᵢ]/T with label 0, in float32 or float64 under any autocast. Raises TypeError for other shapes."""
+    rows; negatives (C,K): unit columns; ignore (N,K): True for those to leave out. Equals cross-entropy over the K+1
+    logits [q·k₊, q·kᵢ]/T with label 0, in float32 or float64 under any autocast. Raises TypeError if shapes differ."""
     if q.shape != k.shape:
         raise TypeError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the same shape")
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        q = q.to(dtype) / T  # cheaper than to divide the logits (N,K)
+        q = q.to(dtype) / T  # cheaper than dividing the logits (N,K)
         positive = (q * k).sum(1)  # (N,)
         logits = q @ negatives.to(dtype)  # (N,K)
         if ignore is not None:
             logits = logits.masked_fill(ignore, -math.inf)
-        # cross_entropy would need both in one tensor (N,K+1), a copy of all logits.
+        # F.cross_entropy would need one tensor (N,K+1), a copy of all logits.
         total = torch.logaddexp(positive, logits.logsumexp(1))
         return (total - positive).mean()
 
@@ -141,11 +147,11 @@ def embed(encoder: nn.Module, x: Tensor) -> Tensor:
 def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None) -> Tensor:
     """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), in the views' order. ShuffleBN, 1911.05722, section 3.3:
     the keys are computed in a random order and put back, so that a query and its key are normalized with different
-    images. Else BatchNorm's statistics reveal which key is whose. Raises ValueError for several ranks, no generator."""
+    images. Otherwise BatchNorm statistics that both share reveal the match. Several ranks need a generator."""
     if generator is None and world_size() > 1:
         raise ValueError("several processes need a generator, with the same seed in each")
     im_k = all_gather(im_k)
-    order = torch.randperm(len(im_k), generator=generator).to(im_k.device, non_blocking=True)
+    order = copy_to(torch.randperm(len(im_k), generator=generator), im_k.device)
     shuffled = embed(encoder, im_k[local_rows(order)])
     return all_gather(shuffled)[order.argsort()]
 
@@ -154,7 +160,7 @@ class MoCo(nn.Module):
     """Contrast queries with a queue of keys from a momentum encoder: MoCo, 1911.05722, algorithm 1. encoder: any
     module that maps a batch to (N,dim); it becomes encoder_q. encoder_k starts as an equal copy and gets no gradients.
     queue (dim,K): unit columns, random at first. queue_ptr (1,) int64: column of the oldest key. In eval mode the loss
-    is computed and nothing moves."""
+    is computed, and neither queue nor encoder_k changes."""
 
     def __init__(
         self,
@@ -233,7 +239,7 @@ class EndToEnd(nn.Module):
 class MemoryBank(nn.Module):
     """Contrast queries with stored embeddings: 1911.05722, figure 2b; InstDisc, 1805.01978. bank (num_images,dim): one
     unit row per image, random at first. The key of an image is its row, the negatives are K rows drawn with
-    replacement. In training, row ← normalize(m·row + (1−m)·q)."""
+    replacement for the batch. In training, row ← normalize(m·row + (1−m)·q)."""
 
     def __init__(
         self, encoder: nn.Module, num_images: int, dim: int = 128, K: int = 4096, m: float = 0.5, T: float = 0.1
@@ -247,9 +253,8 @@ class MemoryBank(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, generator: Generator | None, indices: Tensor) -> Tensor:
         """Return the loss of views im_q (N,3,S,S) of the images `indices` (N,); im_k is not used."""
-        drawn = torch.randint(len(self.bank), (self.K,), generator=generator)
-        drawn = drawn.to(im_q.device, non_blocking=True)
-        indices = indices.to(im_q.device, non_blocking=True)
+        drawn = copy_to(torch.randint(len(self.bank), (self.K,), generator=generator), im_q.device)
+        indices = copy_to(indices, im_q.device)
         q = embed(self.encoder_q, im_q)
         k = self.bank[indices]
         loss = info_nce(q, k, self.bank[drawn].T, self.T, ignore=drawn == indices[:, None])
@@ -260,7 +265,8 @@ class MemoryBank(nn.Module):
 
 
 class SimCLR(EndToEnd):
-    """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1."""
+    """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1. The paper's BatchNorm spans
+    all devices: give the encoder bn_splits=1, else a query and its key share their statistics."""
 
     def forward(self, im_q: Tensor, im_k: Tensor, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S): mean over 2N queries, 2·P·N−2 negatives each."""
@@ -268,7 +274,7 @@ class SimCLR(EndToEnd):
         z_k = embed(self.encoder_q, im_k)
         all_q = all_gather(z_q)
         all_k = all_gather(z_k)
-        # (2N,2·P·N): a query's own view and its key, the other view, are no negatives.
+        # (2N,2·P·N): a query's own view and its key, the other view, are not negatives.
         ignore = positive_mask(all_q).repeat(2, 2)
         negatives = torch.cat([all_q, all_k]).T
         return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), negatives, self.T, ignore)
@@ -293,7 +299,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         # F.batch_norm updates the statistics in place, so each group gets a copy.
         means = self.running_mean.repeat(splits, 1)
         variances = self.running_var.repeat(splits, 1)
-        # One expand each: autograd adds up the groups' gradients once.
+        # Expanded once, so that autograd sums the groups' gradients once.
         weights = self.weight.expand(splits, -1) if self.affine else [None] * splits
         biases = self.bias.expand(splits, -1) if self.affine else [None] * splits
         normalized = [
@@ -334,8 +340,8 @@ class ResNetEncoder(nn.Module):
         block, depths = ARCHS[arch]
         kernel, stem_stride = STEMS[stem]
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
-        channels = int(64 * width)  # of the next block's input
-        planes = channels  # of the block's 3×3 convolutions
+        channels = int(64 * width)  # input of the next block
+        planes = channels  # its 3×3 convolutions
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
@@ -412,7 +418,7 @@ def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tens
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the matrices rows (N,S,H) · x (N,3,H,W) · columnsᵀ (N,W,S) per channel: (N,3,S,S), in the dtype of x."""
     with torch.autocast(x.device.type, enabled=False):
-        x = x.flatten(1, 2) @ columns.mT.to(x)  # of all channels together: faster than a small matrix for each
+        x = x.flatten(1, 2) @ columns.mT.to(x)  # all channels in one product: faster than one each
         return rows[:, None].to(x) @ x.unflatten(1, (3, -1))
 
 
@@ -442,7 +448,7 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     sixths = (r - g).add_(chroma, alpha=4)
     sixths = sixths.lerp_((b - r).add_(chroma, alpha=2), is_g)
     sixths = sixths.lerp_(g - b, is_r)
-    hue = sixths.div_(chroma.clamp(min=1e-9)).div_(6).add_(turn + 2)  # + 2: positive, for frac
+    hue = sixths.div_(chroma.clamp(min=1e-9)).div_(6).add_(turn + 2)  # + 2: frac needs positive numbers
     offsets = torch.arange(5, 0, -2, device=x.device)[:, None, None] / 6  # of red, green and blue
     phase = (hue + offsets).frac_().mul_(6)
     drop = phase.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)  # a channel is value − drop·chroma
@@ -452,8 +458,8 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 def color_jitter(
     x: Tensor, generator: Generator, brightness: float, contrast: float, saturation: float, hue: float
 ) -> Tensor:
-    """Adjust each image by factors of its own, 1 ± strength, and its hue by ± hue turns, uniform. The order of the
-    four is drawn once per batch; torchvision draws it per image, at twice the cost."""
+    """Scale brightness, contrast and saturation by uniform factors in 1 ± strength, and shift the hue by up to ± hue
+    turns, by separate draws per image. Their order is drawn once per batch; torchvision draws it per image."""
     strengths = (brightness, contrast, saturation, hue)
     for i in torch.randperm(4, generator=generator).tolist():
         factor = 1 + strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
@@ -530,8 +536,10 @@ class Augment:
         if images.dtype != torch.uint8 or images.shape[1:-2] != (3,):
             raise TypeError(f"images are uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
         u = uniform(generator, len(images), 4, 10)
-        boxes = crop_boxes(u, *images.shape[2:], self.recipe.scale)  # on the CPU: many tiny GPU kernels take longer
-        crops = crop(images / 255, boxes.to(images.device, non_blocking=True), self.size)
+        boxes = crop_boxes(
+            u, *images.shape[2:], self.recipe.scale
+        )  # on the CPU: faster than launching many tiny GPU kernels
+        crops = crop(images / 255, copy_to(boxes, images.device), self.size)
         return self.augment_crops(crops, generator)
 
     def augment_crops(self, x: Tensor, generator: Generator) -> Tensor:
@@ -543,9 +551,7 @@ class Augment:
 
     def normalize(self, x: Tensor) -> Tensor:
         """Subtract the recipe's mean and divide by its std."""
-        mean = self.mean.to(x.device, non_blocking=True)
-        std = self.std.to(x.device, non_blocking=True)
-        return (x - mean) / std
+        return (x - copy_to(self.mean, x.device)) / copy_to(self.std, x.device)
 
     def evaluation_view(self, images: Tensor, *_: Any) -> Tensor:
         """Resize images uint8 (…,3,H,W) by the recipe's margin and crop the center: (…,3,S,S)."""
@@ -589,7 +595,7 @@ def train_step(
     autocast: Callable = contextlib.nullcontext,
 ) -> Tensor:
     """Train on a batch of images as algorithm 1 does; return the loss, detached. images: what split_two_views takes,
-    e.g. uint8 (N,3,H,W). indices (N,): the images' numbers in the data set, for MemoryBank. Never waits."""
+    e.g. uint8 (N,3,H,W). indices (N,): their numbers in the data set, for MemoryBank. Does not wait for the device."""
     x_q, x_k = split_two_views(images, generator)
     with autocast():
         loss = model(x_q, x_k, generator, indices)
@@ -602,7 +608,7 @@ def train_step(
 # ─────────────────────────────────────────── Evaluation ───────────────────────────────────────────
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
     """Return labels (N,) int64 by weighted kNN: the k nearest of bank (M,D) vote, 1805.01978. A neighbor at cosine
-    similarity s has exp(s/T) votes; if M < k, all vote. In chunks of 128 MiB. Raises ValueError if k or M is 0."""
+    similarity s has exp(s/T) votes; if M < k, all vote. 128 MiB at a time. Raises ValueError if k or M is 0."""
     if min(k, len(bank)) < 1:
         raise ValueError(f"k = {k} of {len(bank)}: at least one neighbor must vote")
     scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of the similarities: to normalize the bank would copy it
@@ -645,7 +651,7 @@ class UserError(ValueError):
     """A mistake that a user can correct; the message names the flag or the file and what to do."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error again, with the worker's traceback before the message.
+        # DataLoader raises a worker's error again, with its traceback before the message.
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
@@ -678,8 +684,8 @@ class Config:
     epochs: int = option(100, "passes over the images", 1)
     lr: float = option(0.06, "peak learning rate; scale it with the batch size", 0)
     wd: float = option(5e-4, "weight decay", 0)
-    cos: bool = option(True, "cosine decay of the learning rate, else --schedule")
-    schedule: list[int] = option((120, 160), "epoch at which lr is divided by 10; repeat it for more", 0)
+    cos: bool = option(True, "cosine decay of the learning rate; --no-cos: --schedule")
+    schedule: list[int] = option((120, 160), "with --no-cos: epoch at which lr is divided by 10; repeat it for more", 0)
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto: bf16 if the hardware is fast at it")
     knn_every: int = option(10, "epochs between kNN evaluations; 0: only at the end", 0)
     knn_k: int = option(200, "neighbors that vote", 1)
@@ -701,7 +707,7 @@ class Config:
         return cls(preset=preset, **PRESETS[preset] | explicit)
 
     def __post_init__(self) -> None:
-        for x in fields(self):  # to the default's type, e.g. int(np.int64(3)): a checkpoint holds plain values
+        for x in fields(self):  # to the default's type: a checkpoint holds plain values, not e.g. np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         splits = self.bn_splits
         if self.symmetric and self.method != "moco":
@@ -711,7 +717,7 @@ class Config:
         if self.batch_size % splits or self.batch_size < 2 * splits:
             rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
-        smallest = 9 if self.stem == "cifar" else 33  # below, layer4 has 1×1 maps: oneDNN's bf16 fails
+        smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
         if self.size < smallest:
             raise UserError(f"--size {self.size}: --stem {self.stem} needs at least {smallest}")
 
@@ -748,7 +754,7 @@ class InMemory:
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
         """Yield crop(images, epoch, indices) and indices for each (epoch, indices (N,)) of a plan."""
         for epoch, indices in plan:
-            images = self.images[indices.to(self.images.device, non_blocking=True)]
+            images = self.images[copy_to(indices, self.images.device)]
             yield crop(images, epoch, indices), indices
 
 
@@ -756,7 +762,7 @@ class InMemory:
 class Files:
     """Read images from files when they are needed, in workers; labels (M,) int64, if any."""
 
-    paths: np.ndarray  # of bytes: workers share its memory, a list would be copied by each
+    paths: np.ndarray  # of bytes: forked workers share it, but would copy a list
     labels: Tensor | None
     device: torch.device
     workers: int
@@ -779,7 +785,7 @@ class Files:
         iterator = iter(loader)
         try:
             for images, indices in iterator:
-                yield images.to(self.device, non_blocking=True), indices
+                yield copy_to(images, self.device), indices
         finally:
             if self.workers:  # else an error's traceback keeps them alive, and Python waits for them at exit
                 iterator._shutdown_workers()
@@ -789,17 +795,17 @@ class Files:
         crops = [self.crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
         images = torch.stack(crops, dim=-4)  # (N,3,S,S), or of pairs (2,N,3,S,S)
         if get_worker_info():
-            images.share_memory_()  # if this failed after the return, the DataLoader would wait for ever
+            images.share_memory_()  # here, since a failure after the return would hang the DataLoader
         return images, indices
 
 
-# What asks a run to stop. Not every system has all; clusters send SIGUSR1 before their time limit.
+# They ask a run to stop, where the system has them. Clusters send SIGUSR1 before their time limit.
 SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
 
 
 def outlive_signals(_: int) -> None:
     """Let a worker outlive the first signal of each kind: the process that trains acts on it."""
-    for number in SIGNALS:  # ignores the first, restores the default for the second
+    for number in SIGNALS:  # the first only restores the default
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
@@ -888,7 +894,7 @@ def find_images(root: str) -> list[str]:
 
 
 def find_split(tops: set[str], kind: str) -> str:
-    """Return the folder called `kind`, else the one whose name begins so, else "". Raises UserError if two fit."""
+    """Return the folder called `kind`, else the only one whose name begins so, else "". Raises UserError."""
     exact = [top for top in tops if top.lower() == kind + os.sep]
     fitting = sorted(exact or (top for top in tops if top.lower().startswith(kind)))
     if len(fitting) > 1:
@@ -1067,7 +1073,7 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
 def cause_of(error: Exception) -> str:
     """Return an error's kind and message in a line."""
     error = error.__context__ or error  # the original, if torch wrapped it in a page of advice
-    message = str(error).split("\n")[0].partition(" Please use")[0]  # which begins so
+    message = str(error).split("\n")[0].partition(" Please use")[0]  # torch's advice
     return f"{type(error).__name__}: {message}"
 
 
@@ -1095,9 +1101,9 @@ def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" has the options
     that a checkpoint decides. Raises OSError, or UserError for a file that is damaged or no checkpoint."""
     try:
-        if zipfile.is_zipfile(path):  # torch compares no checksums, inflates records and skips folders
+        if zipfile.is_zipfile(path):  # torch checks no checksums, and accepts compressed records
             with zipfile.ZipFile(path) as archive:
-                odd = [x.filename for x in archive.infolist() if x.compress_type or x.external_attr & 16]  # a folder
+                odd = [x.filename for x in archive.infolist() if x.compress_type or x.external_attr & 16]  # folder
                 damaged = odd[0] if odd else archive.testzip()
             if damaged:
                 raise ValueError(f"damaged at {damaged}")
@@ -1209,7 +1215,7 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 
 def batch_plan(n: int, config: Config) -> Iterator:
-    """Yield each step's epoch and this rank's indices (N,): every epoch permutes all n."""
+    """Yield each step's epoch and this rank's indices (N,): every epoch is a permutation, cut to full batches."""
     for epoch in range(config.epochs):
         order = torch.randperm(n, generator=rng("order", config.seed, epoch))
         for indices in order[: n - n % config.batch_size].split(config.batch_size):
@@ -1217,7 +1223,8 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, two_views: SplitTwoViews) -> tuple[Callable, Callable]:
-    """Return what crops images when they are read, and what makes two views of the batch."""
+    """Return what crops images when they are read, and what makes two views of the batch: files are cropped when read,
+    at their own resolution; images in memory with the batch."""
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
     return lambda batch, *_: batch, two_views
@@ -1261,7 +1268,7 @@ class Run:
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
         if resumes:
             self.restore(load_checkpoint(config.out))
-        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash
+        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # equal if both are
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
         self.ddp_model = self.model
@@ -1349,6 +1356,7 @@ class Run:
         epoch = len(self.rows) + 1
         if self.step < epoch * self.steps_per_epoch:
             return None
+        loss = self.losses.mean().item()  # waits for the device, before the speed is taken
         speed = self.steps_per_epoch * config.batch_size / (time.monotonic() - self.began)
         knn = None
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
@@ -1356,7 +1364,6 @@ class Run:
             self.average_statistics()
             encoder = self.model.encoder_q
             knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1))
-        loss = self.losses.mean().item()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
         row = dict(epoch=epoch, loss=loss, lr=lr, knn=knn, images_per_s=speed, seconds=time.monotonic() - self.began)
         self.rows.append(row)
@@ -1364,13 +1371,14 @@ class Run:
         return row
 
     def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether `flag` is true on any rank; several ranks, which wait, ask only every so many steps."""
+        """Return whether `flag` is true on any rank. Several ranks, which wait for all, ask every so many steps; in
+        between the answer is False."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
 
     def average_statistics(self) -> None:
-        """Give all ranks the mean of their BatchNorm statistics, as one process would have it."""
+        """Give all ranks the mean of their BatchNorm statistics, as one process with all groups has it."""
         for name, statistic in self.model.named_buffers():
             if "running_" in name:
                 statistic.copy_(all_gather(statistic[None]).mean(0))
@@ -1424,8 +1432,8 @@ def command(names: str, defaults: Any = None) -> Callable:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
-    """Yield a list of the signals received, for the caller to act on. A second one acts as it would without this; with
-    several processes it is collected, too, since torchrun repeats the first. Only the main thread may have handlers."""
+    """Yield a list of the signals received, for the caller to act on. A second one has its default effect; with several
+    processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
     received = []
     main_thread = threading.current_thread() is threading.main_thread()
     restore = contextlib.ExitStack()  # puts the handlers of before back
@@ -1450,8 +1458,10 @@ def say(line: str, to_stderr: bool = False) -> None:
 
 
 def describe(result: dict) -> str:
-    """Format a result for people: names and values."""
-    values = (f"{name} {x:.5g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items())
+    """Format a result for people: the names and values that there are."""
+    values = (
+        f"{name} {x:.5g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items() if x is not None
+    )
     return "  ".join(values)
 
 
@@ -1500,9 +1510,10 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     checkpoint = load_checkpoint(path)
     saved = {"preset": "v2"} | checkpoint["config"]  # official ones have no options
     try:
-        config = Config.from_preset(**(saved | options))
+        config = Config.from_preset(**saved)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {cause_of(error)}") from error
+    config = replace(config, **options)
     encoder = load_encoder(checkpoint, path, config.head)
     device, autocast = pick_device(config)
     encoder.to(device, memory_format=torch.channels_last)
@@ -1604,7 +1615,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         if end.code != 1:
             raise
-        line = "stdout was closed"  # Typer exits with 1 then
+        line = "stdout was closed"  # Typer exits with 1 for a broken pipe
     except UserError as error:
         line = str(error)
     except OSError as error:
@@ -1612,7 +1623,7 @@ def main(argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # on a CPU, torch has no class for it
             raise
-        line = f"too little memory ({cause_of(error)}); give a smaller --batch-size, --size or --width"
+        line = f"too little memory ({cause_of(error)}); smaller images, batches or encoders take less"
     finally:
         if world_size() > 1:
             dist.destroy_process_group()

@@ -176,12 +176,11 @@ class TestRandomNumbers:
     def test_a_key_has_the_same_generator_on_every_machine(self):
         assert rng("step", 1, 2).initial_seed() == 3900142208
 
-    def test_one_process_is_rank_0_of_1_and_holds_all_rows(self):
-        x = torch.rand(3, 2)
-        assert (moco.rank(), moco.world_size()) == (0, 1)
-        assert torch.equal(moco.local_rows(x), x)
-        assert torch.equal(moco.all_gather(x), x)
-        assert torch.equal(moco.uniform(rng(0), 3, 2), draws(rng(0), 3, 2))
+    @pytest.mark.parametrize("device, waits", [("cuda:1", False), ("mps", True), ("cpu", True)])
+    def test_only_a_copy_to_cuda_does_not_wait_since_mps_may_read_a_source_that_is_gone(self, device, waits):
+        x = Mock()
+        moco.copy_to(x, torch.device(device))
+        x.to.assert_called_once_with(torch.device(device), non_blocking=not waits)
 
     @pytest.mark.parametrize("size", [2, 3])
     def test_ranks_hold_contiguous_rows_of_the_global_batch_and_of_its_random_numbers(self, size):
@@ -2306,6 +2305,7 @@ class TestCommandLine:
         top1 = top1.removeprefix("knn ")
         close(float(loss), moco.load_checkpoint("c c.pt")["rows"][0]["loss"], rtol=1e-4)
         assert last.startswith("c c.pt is complete; ")
+        assert moco.describe(dict(loss=1.234567, knn=None)) == "loss 1.2346"  # a value that there is not, is not shown
         assert run("knn", "c c.pt", "--device=cpu")[1].startswith(
             f"classifier knn  top1 {top1}  checkpoint c c.pt  epoch 1  "
         )
