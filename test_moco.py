@@ -176,11 +176,11 @@ class TestRandomNumbers:
     def test_a_key_has_the_same_generator_on_every_machine(self):
         assert rng("step", 1, 2).initial_seed() == 3900142208
 
-    @pytest.mark.parametrize("device, waits", [("cuda:1", False), ("mps", True), ("cpu", True)])
-    def test_only_a_copy_to_cuda_does_not_wait_since_mps_may_read_a_source_that_is_gone(self, device, waits):
+    @pytest.mark.parametrize("place, waits", [("cuda:1", False), ("mps", True), ("cpu", True)])
+    def test_only_a_copy_to_cuda_does_not_wait_since_mps_may_read_a_source_that_is_gone(self, place, waits):
         x = Mock()
-        moco.copy_to(x, torch.device(device))
-        x.to.assert_called_once_with(torch.device(device), non_blocking=not waits)
+        moco.copy_to(x, torch.device(place))
+        x.to.assert_called_once_with(torch.device(place), non_blocking=not waits)
 
     @pytest.mark.parametrize("size", [2, 3])
     def test_ranks_hold_contiguous_rows_of_the_global_batch_and_of_its_random_numbers(self, size):
