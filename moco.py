@@ -1159,7 +1159,7 @@ def keep_freed_memory() -> None:
 
 def pick_device(config: Config) -> tuple[torch.device, Callable]:
     """Return the device and its autocast, to bf16 where --precision asks for it or it is fast. Joins the processes
-    that WORLD_SIZE, RANK and MASTER_ADDR describe: torchrun sets them. Raises UserError if there is no such device."""
+    that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. Raises UserError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name in found if found[name]]  # the best first
     name = available[0] if config.device == "auto" else config.device
@@ -1168,8 +1168,8 @@ def pick_device(config: Config) -> tuple[torch.device, Callable]:
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {error}") from error
+    except (ValueError, dist.DistError) as error:
+        raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {cause_of(error)}") from error
     device = torch.device(name)
     fast = False
     if name == "cuda":
@@ -1194,7 +1194,7 @@ def build_model(config: Config, num_images: int) -> nn.Module:
     dim, K, T = config.moco_dim, config.moco_k, config.moco_t
     splits = config.bn_splits // world_size()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # not CUDA's
         encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
         if config.method == "end-to-end":
             return EndToEnd(encoder, T)
@@ -1249,7 +1249,7 @@ class Run:
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
         if config.batch_size > num_images:
-            advice = f"give a multiple of --bn-splits up to {num_images}"
+            advice = f"give a multiple of --bn-splits, at least twice that, up to {num_images}"
             raise UserError(f"--batch-size {config.batch_size}: more than the images; {advice}")
         self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
         if config.compile:
@@ -1397,6 +1397,7 @@ class Run:
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # after the checkpoint: it is never ahead of it
+        self.agree(False, every=1)  # no rank goes on, and reads the file, before it is there
         self.saved_at = time.monotonic()
 
 
@@ -1526,7 +1527,7 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.description}")
     top1 = accuracy(encoder, data, config, autocast, linear)
-    result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=path, epoch=epoch)
+    result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=str(path), epoch=epoch)
     names = LINEAR_OPTIONS if linear else KNN_OPTIONS
     result |= {name: getattr(config, name) for name in names.split()}
     result |= dict(device=next(encoder.parameters()).device.type, precision=precision_of(autocast))
@@ -1608,6 +1609,8 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
 def main(argv: list[str] | None = None) -> None:
     """Run a command as on the command line. Raises SystemExit unless all went well; what a user can correct costs a
     line on stderr and exit status 2."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
     try:
         app(args=argv)
     except SystemExit as end:
