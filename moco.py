@@ -5,8 +5,8 @@
 # SPDX-License-Identifier: MIT
 """Momentum Contrast (MoCo) in one file: the method first, then what trains and evaluates it.
 
-Result: `python moco.py train --preset tiny`, on built-in images, reaches a kNN accuracy of 81.1, 83.0 and 79.6 % with
-three seeds (untrained encoder: 35 to 39 %) on one thread of an AMD EPYC, float32, torch 2.14.1. CIFAR-10: see README.
+Result: 66.9 % kNN and 68.9 % linear accuracy on CIFAR-10 after 100 epochs (n = 1), by a ResNet-10 of a quarter of the
+width on two cores of an AMD EPYC without bf16, torch 2.14.1, in 100 to 146 minutes. See the README for the command.
 
 MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One training step:
 
