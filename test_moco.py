@@ -668,14 +668,7 @@ def cropped(x, boxes, size):
     return of_each(lambda image, box: tvf.resized_crop(image, *box, [size, size]), x, boxes)
 
 
-def mirrored(x, generator):
-    return tvf.horizontal_flip(x)
-
-
-def grayed(x, generator):
-    return tvf.rgb_to_grayscale(x, 3)
-
-
+mirrored, grayed = (lambda x, _: tvf.horizontal_flip(x)), (lambda x, _: tvf.rgb_to_grayscale(x, 3))
 STRENGTH = st.floats(0, 1)
 SIDE = st.integers(1, 40)
 ALMOST_1 = 1 - 2**-24  # the largest number that torch.rand draws
@@ -1388,6 +1381,14 @@ class TestData:
         plan = [(0, torch.tensor([i])) for i in range(4)]
         processes = {int(x) for x, _ in files.batches(plan, lambda *_: torch.full((1, 1, 1), os.getpid()))}
         assert len(processes - {os.getpid()}) == files.workers == workers
+
+    def test_a_worker_outlives_the_first_signal_of_each_kind_but_no_second_one(self, image_folder):
+        def signaled(*_):
+            for number in moco.SIGNALS:
+                os.kill(os.getpid(), number)
+            return torch.tensor([signal.getsignal(x) == signal.SIG_DFL for x in moco.SIGNALS]).view(-1, 1, 1)
+
+        assert batch_of(load_folder(image_folder, workers=1).train, [0], signaled).flatten().tolist() == [True] * 4
 
 
 class Embedding(nn.Module):
