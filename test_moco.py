@@ -760,8 +760,7 @@ class TestViews:
 
     @given(SEEDS, st.tuples(STRENGTH, STRENGTH, STRENGTH, st.floats(0, 0.5)), st.integers(2, 255))
     def test_color_jitter_applies_the_four_operations_in_the_drawn_order(self, seed, strengths, levels):
-        # Of few levels, channels are equal and pixels gray.
-        x = torch.randint(0, levels, (3, 3, 5, 4), generator=rng(seed)) / (levels - 1)
+        x = torch.randint(0, levels, (3, 3, 5, 4), generator=rng(seed)) / (levels - 1)  # of few, some are gray
         expected = jittered(x, rng(seed), *strengths)
         close(moco.color_jitter(x, rng(seed), *strengths), expected, atol=1e-4)
 
