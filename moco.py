@@ -1040,8 +1040,7 @@ def accuracy(
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
 def check_out(path: str, may_exist: bool, advice: str = "give --overwrite to replace it") -> None:
     """Raise UserError if a file cannot be written to a path, or would replace one."""
-    in_folder = os.path.basename(path) and os.path.isdir(os.path.dirname(path) or ".")
-    if not in_folder or (os.path.exists(path) and not os.path.isfile(path)):
+    if not os.path.isdir(os.path.dirname(path) or ".") or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path}: must be a file in a folder that exists")
     if os.path.exists(path) and not may_exist:
         raise UserError(f"{path}: exists already; {advice}")

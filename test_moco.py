@@ -2364,7 +2364,7 @@ class TestCommandLine:
     train --data bad; train --root . --data cifar10; train --device cuda; train --out old.pt; train --out no/c.pt;
     train --overwrite --out device; train --resume --out ckpt.pt; train --resume --out c.pt --moco-k 64; views empty;
     train --resume --out c.pt --data flat; linear ckpt.pt; linear c.pt --knn-k 3; knn no.pt; knn c.pt --data flat;
-    knn; export c.pt ckpt.pt; views ckpt.pt; knn c.pt --knn-k 0; train --epochs 0; train --out c.pt/;
+    knn; export c.pt ckpt.pt; views ckpt.pt; knn c.pt --knn-k 0; train --epochs 0;
     neighbors c.pt ckpt.pt; neighbors c.pt c.pt/x"""
 
     @pytest.mark.parametrize("arguments", re.split(r";\s+", MISTAKES))
