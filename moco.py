@@ -37,16 +37,16 @@ import stat
 import sys
 import threading
 import time
-import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -55,7 +55,6 @@ import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import DataLoader, get_worker_info
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 __version__ = "0.3.0"
@@ -317,7 +316,6 @@ ARCHS = {  # block, and the number of blocks in each layer
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
 STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # kernel and stride of the first convolution
 
@@ -573,7 +571,7 @@ class SplitTwoViews:
         return self.augment(images, generator), self.augment(images, generator)
 
     def crop_file(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """Crop an image uint8 (3,H,W) twice at its own resolution, in a data worker: (2,3,S,S)."""
+        """Crop an image uint8 (3,H,W) twice at its own resolution: (2,3,S,S)."""
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], self.augment.recipe.scale)
         size = [self.augment.size, self.augment.size]
@@ -650,10 +648,6 @@ from rich.progress import Progress  # noqa: E402
 class UserError(ValueError):
     """A mistake that a user can correct; the message names the flag or the file and what to do."""
 
-    def __init__(self, message: str) -> None:
-        # DataLoader raises a worker's error again, with its traceback before the message.
-        super().__init__(message.rpartition("UserError: ")[2].strip())
-
 
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
     """Declare an option and its --help; Typer refuses a number that is not from low to high."""
@@ -696,7 +690,7 @@ class Config:
     overwrite: bool = option(False, "replace files that exist")
     save_seconds: float = option(300.0, "seconds between saves within an epoch", 0)
     root: str = option("data", "folder for the downloads of cifar10 and cifar100")
-    workers: int = option(2, "workers per process that read a folder's images", 0)
+    workers: int = option(2, "threads per process that read a folder's images", 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     compile: bool = option(False, "torch.compile the encoders")
     json: bool = option(False, "print JSON objects, one per line")
@@ -760,53 +754,34 @@ class InMemory:
 
 @dataclass
 class Files:
-    """Read images from files when they are needed, in workers; labels (M,) int64, if any."""
+    """Read images from files when they are needed, in threads; labels (M,) int64, if any. Pillow decodes, and torch
+    resizes, without Python's lock."""
 
-    paths: np.ndarray  # of bytes: forked workers share it, but would copy a list
+    paths: list[str]
     labels: Tensor | None
     device: torch.device
     workers: int
-    crop: Callable | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
         """Yield what InMemory.batches does, by crop(image, epoch, index) of each image. Raises UserError."""
-        loader = DataLoader(
-            replace(self, crop=crop),  # a copy, since training and its evaluation crop in two ways
-            batch_size=None,  # a plan holds batches
-            sampler=plan,
-            num_workers=self.workers,
-            worker_init_fn=outlive_signals,
-            pin_memory=self.workers > 0 and self.device.type == "cuda",
-            generator=Generator(),  # else the loader draws from the global one
-        )
-        iterator = iter(loader)
-        try:
-            for images, indices in iterator:
+
+        def read(epoch: int, indices: Tensor) -> Tensor:
+            crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
+            return torch.stack(crops, dim=-4)  # (N,3,S,S), or of pairs (2,N,3,S,S)
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            submitted = ((pool.submit(read, *batch), batch[1]) for batch in plan)
+            ahead = deque(itertools.islice(submitted, 1 + self.workers))
+            while ahead:
+                future, indices = ahead.popleft()
+                ahead.extend(itertools.islice(submitted, 1))
+                images = future.result()
+                if self.device.type == "cuda":
+                    images = images.pin_memory()  # else the copy waits for the device
                 yield copy_to(images, self.device), indices
-        finally:
-            if self.workers:  # else an error's traceback keeps them alive, and Python waits for them at exit
-                iterator._shutdown_workers()
-
-    def __getitem__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
-        epoch, indices = batch
-        crops = [self.crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
-        images = torch.stack(crops, dim=-4)  # (N,3,S,S), or of pairs (2,N,3,S,S)
-        if get_worker_info():
-            images.share_memory_()  # here, since a failure after the return would hang the DataLoader
-        return images, indices
-
-
-# They ask a run to stop, where the system has them. Clusters send SIGUSR1 before their time limit.
-SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
-
-
-def outlive_signals(_: int) -> None:
-    """Let a worker outlive the first signal of each kind: the process that trains acts on it."""
-    for number in SIGNALS:  # the first only restores the default
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
@@ -814,19 +789,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
-def read_image(path: bytes) -> Tensor:
+def read_image(path: str) -> Tensor:
     """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, or for gray of more than 8 bits."""
-    path = os.fsdecode(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, for every image of every epoch
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.mode[0] in "IF":  # Pillow's I, I;16 and F
-                    raise ValueError("more than 8 bits per channel")
-                return tvf.pil_to_tensor(image.convert("RGB"))
-    except MemoryError:
-        raise
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > 2**27:  # a file of a few kilobytes can hold gigabytes
+                raise ValueError("more than 2**27 pixels")
+            if image.mode[0] in "IF":  # Pillow's I, I;16 and F
+                raise ValueError("more than 8 bits per channel")
+            return tvf.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged bytes can cause any
         cause = str(error).replace(repr(path), "").split("\n")[0].strip(": ")
         advice = "replace the image, or remove it and start again: --resume needs the same images"
@@ -899,20 +870,19 @@ def find_split(tops: set[str], kind: str) -> str:
     fitting = sorted(exact or (top for top in tops if top.lower().startswith(kind)))
     if len(fitting) > 1:
         raise UserError(f"--data: {' and '.join(fitting)} fit equally well; rename all but one")
-    return fitting[0] if fitting else ""
+    return "".join(fitting)
 
 
 def number_classes(train: list[str], test: list[str]) -> dict[str, int]:
     """Return each path's label, the number of its class folder in train; {} if no test image lies in such a class.
     Raises UserError if some images do and some do not."""
-    class_of = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}
-    names = sorted({class_of[path] for path in train if path in class_of})
+    names = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
     numbers = {name: i for i, name in enumerate(names)}
-    labels = {path: numbers[name] for path, name in class_of.items() if name in numbers}
-    if labels.keys().isdisjoint(test):
+    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test}
+    if all(labels[path] is None for path in test):
         return {}
-    for path in train + test:
-        if path not in labels:
+    for path, label in labels.items():
+        if label is None:
             raise UserError(f"--data: {path} is in none of the class folders to train on")
     return labels
 
@@ -921,31 +891,30 @@ def load_folder(config: Config, device: torch.device) -> Data:
     """Find train/CLASS/* and a test split beside it; any other tree of images has no labels. Raises UserError for a
     folder without images."""
     root = config.data
-    if not os.path.isdir(root):
-        raise UserError(f"--data {root}: no such folder, and none of cifar10, cifar100, shapes")
-    found = find_images(root)
+    found = find_images(root) if os.path.isdir(root) else []
     if not found:
-        raise UserError(f"--data {root}: no images; looked for {' '.join(SUFFIXES)}")
+        names = "none of cifar10, cifar100, shapes"
+        raise UserError(f"--data {root}: {names}, and no folder with images ({' '.join(SUFFIXES)})")
     tops = {path.split(os.sep)[0] + os.sep for path in found if os.sep in path}  # "train/a/x.png" → "train/"
     train_top = find_split(tops, "train")
-    test_top = (find_split(tops, "val") or find_split(tops, "test")) if train_top else ""
+    test_top = train_top and (find_split(tops, "val") or find_split(tops, "test"))
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-    labels = number_classes(train, test)
-    tested = f"{len(test)} to test on in {test_top}"
-    if not labels:
+    labels = number_classes(train, test) if test else {}
+    description = f"{len(train)} images to train on in {train_top or root}, "
+    if labels:
+        description += f"{len(test)} to test on in {test_top}"
+    else:
         test, test_top = [], ""
-        tested = "no kNN: that needs train/CLASS/* and val/CLASS/*"
-    description = f"{len(train)} images to train on in {train_top or root}, {tested}"
+        description += "no kNN: that needs train/CLASS/* and val/CLASS/*"
     if train_top and (others := tops - {train_top, test_top}):
         description += f"; not read: {' '.join(sorted(others))}"
     fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
-    workers = min(config.workers, os.cpu_count() or 1)
 
     def read(split: list[str]) -> InMemory | Files:
-        paths = np.array([os.fsencode(os.path.join(root, path)) for path in split])
+        paths = [os.path.join(root, path) for path in split]
         targets = torch.tensor([labels[path] for path in split]) if labels else None
-        return read_small(Files(paths, targets, device, workers))
+        return read_small(Files(paths, targets, device, config.workers))
 
     return Data(read(train), read(test) if test else None, description, fingerprint)
 
@@ -967,25 +936,24 @@ def shapes(train: bool) -> tuple[Tensor, Tensor]:
     """Draw 6,000 images uint8 (M,3,32,32) to train on, or 2,000 to test on, and labels (M,): five textures, coarse or
     fine, of any angle, place and shade."""
     n = 6_000 if train else 2_000
-    generator = rng("shapes", "train" if train else "test")
-
-    def between(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
-
+    generator = rng("shapes", train)
+    angle, start_a, start_b = 2 * math.pi * torch.rand(3, n, 1, 1, generator=generator)
+    pitch, light = torch.rand(2, n, 1, 1, generator=generator)
+    tints = torch.rand(2, n, 3, 1, 1, generator=generator)
+    noise = torch.randn(n, 3, 32, 32, generator=generator)
     labels = torch.arange(n) % 10
-    angle = between(0, 2 * math.pi, 1, 1)
-    axis = (torch.arange(32) + 0.5) / 16 - 1
-    frequency = torch.tensor([6, 13])[labels // 5, None, None] * between(0.8, 1.25, 1, 1)  # per half side
-    a = frequency * (axis * angle.cos() + axis[:, None] * angle.sin()) + between(0, 2 * math.pi, 1, 1)
-    b = frequency * (axis[:, None] * angle.cos() - axis * angle.sin()) + between(0, 2 * math.pi, 1, 1)
+    frequency = torch.tensor([6, 13])[labels // 5, None, None] * (0.8 + 0.45 * pitch)  # per half side
+    x = (torch.arange(32) + 0.5) / 16 - 1
+    y = x[:, None]
+    a = frequency * (x * angle.cos() + y * angle.sin()) + start_a
+    b = frequency * (y * angle.cos() - x * angle.sin()) + start_b
     dots = a.cos() + b.cos() - 0.5
     grid = torch.maximum(a.sin(), b.sin()) - 0.8
     waves = (a + 2 * (b / 2).sin()).sin()
     textures = torch.stack([a.sin(), a.sin() * b.sin(), dots, grid, waves])
     ink = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)[:, None]
-    light = between(0, 1, 1, 1, 1)
-    shades = [(light + i / 3) % 1 + between(-0.1, 0.1, 3, 1, 1) for i in range(2)]
-    images = torch.lerp(*shades, ink) + 0.1 * torch.randn(n, 3, 32, 32, generator=generator)
+    shades = [(light[:, None] + i / 3) % 1 + 0.2 * tints[i] - 0.1 for i in range(2)]
+    images = torch.lerp(*shades, ink) + 0.1 * noise
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
@@ -997,24 +965,21 @@ class Stopped(Exception):
 def extract_features(
     encoder: nn.Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
 ) -> Tensor:
-    """Return the images' pooled features float32 (M,D); with --head, embeddings. Raises Stopped once stop() is true."""
+    """Return the images' pooled features float32 (M,D), with --head embeddings; leaves the encoder in eval mode. Raises
+    Stopped once stop() is true."""
     augment = Augment(config.aug, config.size)
     per_rank = math.ceil(len(images) / world_size())
     # all_gather wants as many rows from every rank: they are padded with the last image.
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
     plan = ((0, batch) for batch in indices.split(512))
     embed_batch = encoder if config.head else encoder.features
-    features = []
-    was_training = encoder.training
     encoder.eval()
-    try:
-        for batch, _ in images.batches(plan, augment.evaluation_view):
-            if stop():
-                raise Stopped
-            with autocast():
-                features.append(embed_batch(augment.normalize(batch / 255)).float())
-    finally:
-        encoder.train(was_training)
+    features = []
+    for batch, _ in images.batches(plan, augment.evaluation_view):
+        if stop():
+            raise Stopped
+        with autocast():
+            features.append(embed_batch(augment.normalize(batch / 255)).float())
     return all_gather(torch.cat(features))[: len(images)]
 
 
@@ -1038,11 +1003,12 @@ def accuracy(
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
-def check_out(path: str, may_exist: bool, advice: str = "give --overwrite to replace it") -> None:
+def check_out(path: str, may_exist: bool) -> None:
     """Raise UserError if a file cannot be written to a path, or would replace one."""
     if not os.path.isdir(os.path.dirname(path) or ".") or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path}: must be a file in a folder that exists")
     if os.path.exists(path) and not may_exist:
+        advice = "give --overwrite to replace it, or another name (train --resume goes on with it)"
         raise UserError(f"{path}: exists already; {advice}")
 
 
@@ -1101,21 +1067,19 @@ def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" has the options
     that a checkpoint decides. Raises OSError, or UserError for a file that is damaged or no checkpoint."""
     try:
-        if zipfile.is_zipfile(path):  # torch checks no checksums, and accepts compressed records
-            with zipfile.ZipFile(path) as archive:
-                odd = [x.filename for x in archive.infolist() if x.compress_type or x.external_attr & 16]  # folder
-                damaged = odd[0] if odd else archive.testzip()
-            if damaged:
-                raise ValueError(f"damaged at {damaged}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
+                odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())
+                if odd or archive.testzip():
+                    raise ValueError("a record is damaged, compressed or a folder")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["epoch"] = int(checkpoint["epoch"])
         checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
-        config = dict(checkpoint.get("config", {}))
+        config = {"preset": "v2"} | checkpoint.get("config", {})  # official ones have no options
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
+        Config.from_preset(**checkpoint["config"])  # raises if it is none
     except Exception as error:  # damaged bytes can cause any
         if isinstance(error, OSError) and error.filename:
             raise
@@ -1196,15 +1160,13 @@ def build_model(config: Config, num_images: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not CUDA's
         encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
-        if config.method == "end-to-end":
-            return EndToEnd(encoder, T)
-        if config.method == "simclr":
-            return SimCLR(encoder, T)
-        if config.method == "memory-bank":
-            return MemoryBank(encoder, num_images, dim, K, T=T)
-        if config.method == "moco":
-            return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
-    raise UserError(f"--method {config.method}: not known")
+        models = {
+            "moco": partial(MoCo, encoder, dim, K, config.moco_m, T, config.symmetric),
+            "end-to-end": partial(EndToEnd, encoder, T),
+            "memory-bank": partial(MemoryBank, encoder, num_images, dim, K, T=T),
+            "simclr": partial(SimCLR, encoder, T),
+        }
+        return models[config.method]()
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1243,9 +1205,8 @@ class Run:
         self.config = replace(config)  # checks again, now that world_size() is known
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
-        may_exist = config.overwrite or resumes or rank() > 0
-        check_out(config.out, may_exist, "give --resume to go on, --overwrite to replace it, or another --out")
-        check_out(self.csv_path, may_exist)
+        for path in (config.out, self.csv_path):
+            check_out(path, config.overwrite or resumes or rank() > 0)
         self.data = load_data(config, self.device)
         num_images = len(self.data.train)
         if config.batch_size > num_images:
@@ -1364,8 +1325,9 @@ class Run:
             self.average_statistics()
             encoder = self.model.encoder_q
             knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1))
+            encoder.train()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
-        row = dict(epoch=epoch, loss=loss, lr=lr, knn=knn, images_per_s=speed, seconds=time.monotonic() - self.began)
+        row = dict(zip(COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
         self.rows.append(row)
         self.began = time.monotonic()
         return row
@@ -1431,6 +1393,10 @@ def command(names: str, defaults: Any = None) -> Callable:
     return decorate
 
 
+# They ask a run to stop, where the system has them. Clusters send SIGUSR1 before their time limit.
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
+
+
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
     """Yield a list of the signals received, for the caller to act on. A second one has its default effect; with several
@@ -1469,17 +1435,15 @@ def describe(result: dict) -> str:
 def show_progress(run: Run, rows: Iterator) -> None:
     """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
     as_json = run.config.json
-    bar = Progress(speed_estimate_period=math.inf)  # the time left is judged by all steps, however slow
-    bar.disable = as_json or rank() > 0 or not bar.console.is_terminal
-    with bar:
-        task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
-        for row in rows:
-            bar.update(task, completed=run.step)
-            if run.step % 10 == 1 and not bar.disable:  # not always: reading the loss waits for the device
-                bar.update(task, description=f"loss {run.losses[(run.step - 1) % run.steps_per_epoch]:.3f}")
-            if row and rank() == 0:
+    quiet = as_json or rank() > 0 or not sys.stdout.isatty()
+    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # all steps tell the time left, however slow
+        for row in bar.track(rows, run.config.epochs * run.steps_per_epoch, run.step):
+            if run.step % 10 == 1 and not quiet:  # not always: reading the loss waits for the device
+                loss = run.losses[(run.step - 1) % run.steps_per_epoch]
+                bar.update(bar.task_ids[0], description=f"loss {loss:.3f}")
+            if row:
                 left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
-                bar.console.out(dumps(row) if as_json else describe({**row, "minutes_left": left}), highlight=False)
+                say(dumps(row) if as_json else describe({**row, "minutes_left": left}))
 
 
 @command(" ".join(HINTS), Config)
@@ -1492,9 +1456,8 @@ def train(**options: Any) -> list:
     config = run.config
     num_images = len(run.data.train)
     say(f"{config.data}: {run.data.description}; {run.device}, {precision_of(run.autocast)}", config.json)
-    for option, value, limit in (("moco-k", config.moco_k, num_images), ("knn-k", config.knn_k, num_images / 2)):
-        if value > limit:
-            say(f"note: --{option} {value} is large for {num_images} images", config.json)
+    if max(config.moco_k, 2 * config.knn_k) > num_images:
+        say(f"note: --moco-k or --knn-k is large for {num_images} images", config.json)
     with catch_signals() as received:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
@@ -1502,19 +1465,13 @@ def train(**options: Any) -> list:
         say(f"{config.out}: stopped after step {run.step}; {advice}", config.json)
         number = received[0] if received else signal.SIGTERM  # another rank received it
         sys.exit(128 + number)
-    say(f"{config.out} is complete; the commands knn, linear, export and neighbors read it", config.json)
     return run.rows
 
 
 def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
-    saved = {"preset": "v2"} | checkpoint["config"]  # official ones have no options
-    try:
-        config = Config.from_preset(**saved)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {cause_of(error)}") from error
-    config = replace(config, **options)
+    config = Config.from_preset(**checkpoint["config"] | options)
     encoder = load_encoder(checkpoint, path, config.head)
     device, autocast = pick_device(config)
     encoder.to(device, memory_format=torch.channels_last)
@@ -1556,13 +1513,12 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
     say(f"wrote {output}")
 
 
-def write_picture(path: str, groups: list) -> None:
-    """Write groups of columns of images (R,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
-    gap = torch.ones_like(groups[0][0])
-    columns = [column for group in groups for column in (*group, gap)][:-1]
-    images = torch.stack(columns, 1).flatten(0, 1)  # row by row
+def write_picture(path: str, groups: list[Tensor]) -> None:
+    """Write groups of images (R,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
+    gap = torch.ones_like(groups[0][:, :1])
+    rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)
     buffer = io.BytesIO()
-    torchvision.utils.save_image(images, buffer, "png", nrow=len(columns), pad_value=1)
+    torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
     write_file(path, buffer.getbuffer())
     say(f"wrote {path}")
 
@@ -1576,10 +1532,10 @@ def views(output: OutputPath, **options: Any) -> None:
     augment = Augment(config.aug, config.size)
     crop, split_two_views = training_crops(train, SplitTwoViews(augment, config.seed))
     chosen = torch.randperm(len(train), generator=rng("picture", config.seed))[:8]
-    groups = [[images / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]]
+    groups = [images[:, None] / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]
     for step, (images, _) in enumerate(train.batches([(step, chosen) for step in range(4)], crop)):
-        pair = split_two_views(images, rng("step", config.seed, step))
-        groups.append([view * augment.std + augment.mean for view in pair])
+        pair = torch.stack(split_two_views(images, rng("step", config.seed, step)), 1)
+        groups.append(pair * augment.std + augment.mean)
     write_picture(output, groups)
 
 
@@ -1591,19 +1547,17 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast), dim=1)
-    features = extract_features(encoder, queries, config, autocast)  # their lengths do not change the order
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
+    features = extract_features(encoder, queries, config, autocast)[chosen]  # their lengths do not change the order
+    nearest = (features @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
     crop = Augment(config.aug, config.size).evaluation_view
-    query_column = [images.cpu() / 255 for images, _ in queries.batches([(0, chosen)], crop)]
-    columns = []
-    for images, indices in data.train.batches([(0, column) for column in nearest.T], crop):
-        column = images.cpu() / 255
-        if data.test is not None:
-            other = data.train.labels[indices] != queries.labels[chosen]
-            column[other] = column[other] / 4 + 0.75  # faded
-        columns.append(column)
-    write_picture(output, [query_column, columns])
+    [(shown, _)] = queries.batches([(0, chosen)], crop)
+    [(found, _)] = data.train.batches([(0, nearest.flatten())], crop)
+    found = found.unflatten(0, nearest.shape) / 255
+    if data.test is not None:
+        other = data.train.labels[nearest] != queries.labels[chosen, None]
+        found[other] = found[other] / 4 + 0.75  # faded
+    write_picture(output, [shown[:, None] / 255, found])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 import zipfile
 from collections import deque
@@ -142,7 +143,7 @@ def on_ranks(size, function):
     with tempfile.TemporaryDirectory() as place:
 
         def work(rank):
-            torch.set_num_threads(1)  # as in a DataLoader's workers
+            torch.set_num_threads(1)
             for name in ("all_gather", "all_reduce"):
                 setattr(torch.distributed, name, contiguous_only(getattr(torch.distributed, name)))
             torch.distributed.init_process_group("gloo", f"file://{place}/group", rank=rank, world_size=size)
@@ -1027,6 +1028,19 @@ def fake_bytes(*shape):
     return torch.empty(shape, dtype=torch.uint8, device="cuda")
 
 
+class InThisThread(contextlib.nullcontext):
+    """An executor for fake tensors, which other threads do not know."""
+
+    def submit(self, function, *arguments):
+        return types.SimpleNamespace(result=partial(function, *arguments))
+
+
+@pytest.fixture
+def fake_threads(monkeypatch):
+    monkeypatch.setattr(moco, "ThreadPoolExecutor", lambda _: InThisThread(InThisThread()))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+
+
 CUDA_BF16 = partial(torch.autocast, "cuda", torch.bfloat16)
 
 
@@ -1059,6 +1073,7 @@ class TestCuda:
             assert there.device.type == device
             close(there.cpu(), here, atol=1e-8, rtol=1e-6)
 
+    @pytest.mark.usefixtures("fake_threads")
     @pytest.mark.parametrize("options", [{"symmetric": True}, *({"method": name} for name in METHODS[1:])])
     def test_a_training_step_leaves_no_tensor_on_the_cpu_and_never_waits(self, few, tmp_path, monkeypatch, options):
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), arch="resnet10", aug="v2", **options))
@@ -1081,7 +1096,7 @@ class TestCuda:
             for images, indices in data.batches([(0, torch.arange(8))], run.crop):
                 run.take_step(images, indices)
             run.split_two_views = run.split_two_views.from_crops
-            files = moco.Files(8 * [b"0.png"], None, torch.device("cuda"), workers=0)
+            files = moco.Files(8 * ["0.png"], None, torch.device("cuda"), workers=0)
             monkeypatch.setattr(moco, "read_image", lambda path: torch.empty(2, 3, 32, 32, dtype=torch.uint8))
             for pairs, indices in files.batches([(0, torch.arange(8))], lambda image, *_: image):
                 run.take_step(pairs, indices)
@@ -1090,15 +1105,16 @@ class TestCuda:
         assert run.losses.dtype == torch.float32
         assert watch.reads == 0
 
+    @pytest.mark.usefixtures("fake_threads")
     @pytest.mark.parametrize("of_files", [False, True])
-    def test_evaluation_and_pictures_leave_no_tensor_on_the_cpu(self, image_folder, monkeypatch, of_files):
+    def test_evaluation_and_pictures_mix_no_devices(self, image_folder, monkeypatch, of_files):
         config = tiny_config(data=str(image_folder), workers=0, knn_k=3)
         data = moco.load_data(config, CPU)
         encoder = ResNetEncoder("resnet10", dim=4, width=0.125)
         loaded = encoder, data, config, CUDA_BF16, 0
         monkeypatch.setattr(moco, "load_for_evaluation", lambda *_: loaded)
         pictures = []
-        monkeypatch.setattr(moco, "write_picture", lambda path, groups: pictures.extend(sum(groups, [])))
+        monkeypatch.setattr(moco, "write_picture", lambda path, groups: pictures.extend(groups))
         with fake_cuda(may_wait=True) as watch:
             encoder.to_empty(device="cuda")
             data.train.device = torch.device("cuda")
@@ -1114,7 +1130,7 @@ class TestCuda:
             assert watch.reads == 2  # the number of classes, and of right predictions
             data.test = None
             moco.neighbors("c.pt", "unused.png")
-        assert {x.device.type for x in pictures} == {"cpu"}
+        assert len(pictures) == 2
 
     def test_a_linear_classifier_is_fitted_where_its_features_are(self):
         features = torch.empty(8, 5, device="meta")
@@ -1164,7 +1180,7 @@ class TestConfig:
 
 
 # Of a built-in image of each class: the sum of its levels, each weighted by a random number in [0,1).
-SHAPES = [238823, 208232, 134109, 204176, 212865, 220829, 289812, 294433, 197731, 275139]
+SHAPES = [127624, 147571, 115200, 224496, 307244, 252020, 233653, 66931, 69387, 142637]
 
 
 def place_images(top, files):
@@ -1184,7 +1200,7 @@ def load_folder(top, in_memory=False, workers=0, device=CPU):
 
 def names_of(split, top):
     """Return the names of a split's files below a folder, without .png, in a string."""
-    return " ".join(os.path.relpath(os.fsdecode(path), top).removesuffix(".png") for path in split.paths)
+    return " ".join(os.path.relpath(path, top).removesuffix(".png") for path in split.paths)
 
 
 def batch_of(split, indices, crop=lambda image, epoch, index: image):
@@ -1254,9 +1270,9 @@ class TestData:
         assert data.description.endswith(no_knn + unread)
 
     @pytest.mark.parametrize("files, words", [
-        ("", "--data {0}: no such folder, and none of cifar10"),
-        ("a/", "--data {0}: no images"),
-        ("a/.x/1", "--data {0}: no images"),
+        ("", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images (.avif"),
+        ("a/", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
+        ("a/.x/1", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
         ("train/a/1 valid/a/2 validation/a/3", "--data: valid/ and validation/ fit equally well"),
         ("train/a/1 Train/a/2 val/a/3", "--data: Train/ and train/ fit equally well"),
         ("train/a/1 val/a/2 val/3", "--data: val/3.png is in none of the class folders to train on"),
@@ -1338,12 +1354,13 @@ class TestData:
         PIL.Image.linear_gradient("L").convert(mode).save(path)
         is_deep = mode in ("I;16", "I", "F")
         with pytest.raises(UserError, match="more than 8 bits") if is_deep else contextlib.nullcontext():
-            assert torch.equal(moco.read_image(os.fsencode(path)), tvf.pil_to_tensor(default_loader(path)))
+            assert torch.equal(moco.read_image(str(path)), tvf.pil_to_tensor(default_loader(path)))
 
+    @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
     def test_odd_metadata_and_the_suffix_of_another_format_do_no_harm(self, tmp_path):
         path = tmp_path / "0.jpg"
         PIL.Image.new("P", (8, 6)).save(path, "png", transparency=b"\1")  # of which Pillow warns
-        assert moco.read_image(os.fsencode(path)).shape == (3, 6, 8)
+        assert moco.read_image(str(path)).shape == (3, 6, 8)
 
     @pytest.mark.parametrize("workers", [0, 1])
     @pytest.mark.parametrize("change, cause", [
@@ -1359,7 +1376,6 @@ class TestData:
         advice = "replace the image, or remove it and start again: --resume needs the same images"
         with pytest.raises(UserError, match=rf"\A{bad}: cannot be read \([^/\n]*{cause}[^/\n]*\); {advice}\Z"):
             batch_of(data.train, list(range(20)), Augment().evaluation_view)
-        assert not torch.multiprocessing.active_children()  # FAULT: a worker that lives keeps the process from ending
 
     @pytest.mark.parametrize("place", [0, 1, 2])
     @pytest.mark.parametrize("size", [(12, 10), (12, 9), (11, 10), (10, 12)])
@@ -1373,21 +1389,20 @@ class TestData:
         assert isinstance(held, moco.InMemory) == (size == (12, 10) and not missing)
         assert not isinstance(held, moco.InMemory) or held.images.is_meta
 
-    @pytest.mark.parametrize("asked, workers", [(0, 0), (1, 1), (10**6, 1)])
-    def test_files_are_read_by_workers_but_no_more_than_cores(self, image_folder, monkeypatch, asked, workers):
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
-        files = load_folder(image_folder, workers=asked).train
-        plan = [(0, torch.tensor([i])) for i in range(4)]
-        processes = {int(x) for x, _ in files.batches(plan, lambda *_: torch.full((1, 1, 1), os.getpid()))}
-        assert len(processes - {os.getpid()}) == files.workers == workers
+    @pytest.mark.parametrize("workers", [0, 1, 3])
+    def test_as_many_threads_as_workers_read_ahead_in_the_order_of_the_plan(self, image_folder, workers):
+        files = load_folder(image_folder, workers=workers).train
+        plan = [(0, torch.tensor([i, i + 1])) for i in range(8)]
+        threads = set()
 
-    def test_a_worker_outlives_the_first_signal_of_each_kind_but_no_second_one(self, image_folder):
-        def signaled(*_):
-            for number in moco.SIGNALS:
-                os.kill(os.getpid(), number)
-            return torch.tensor([signal.getsignal(x) == signal.SIG_DFL for x in moco.SIGNALS]).view(-1, 1, 1)
+        def crop(image, epoch, index):
+            threads.add(threading.get_ident())
+            return torch.full((1, 1, 1), index)
 
-        assert batch_of(load_folder(image_folder, workers=1).train, [0], signaled).flatten().tolist() == [True] * 4
+        loaded = files.batches(iter(plan), crop)
+        assert [batch.flatten().tolist() for batch, _ in loaded] == [indices.tolist() for _, indices in plan]
+        assert 1 <= len(threads) <= max(1, workers)
+        assert threading.get_ident() not in threads
 
 
 class Embedding(nn.Module):
@@ -1426,23 +1441,22 @@ class TestFeatures:
         assert torch.equal(features, Augment(size=9).normalize(images / 255).flatten(1).bfloat16().float())
         assert max(sizes) <= 512
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_features_are_extracted_in_eval_mode_and_the_mode_is_restored(self, training):
-        encoder = ResNetEncoder("resnet10", width=0.125, bn_splits=2).train(training)
+    def test_features_are_extracted_in_eval_mode(self):
+        encoder = ResNetEncoder("resnet10", width=0.125, bn_splits=2)
         before = copy.deepcopy(encoder.state_dict())
         features = extract(encoder, images_of(10))
         close(features[:1], extract(encoder, images_of(1)))
-        assert (features.requires_grad, encoder.training) == (False, training)
+        assert (features.requires_grad, encoder.training) == (False, False)
         assert same(encoder.state_dict(), before)
 
     @pytest.mark.parametrize("batches", range(5))
-    def test_an_evaluation_stops_before_any_batch_and_the_mode_is_restored(self, batches):
+    def test_an_evaluation_stops_before_any_batch(self, batches):
         seen = []
         encoder = Embedding(lambda x: seen.append(len(x)) or pixel_sums(x))
         train, test = ((images_of(n, 12, 12), torch.arange(n)) for n in (1100, 600))  # three batches, and two
         with pytest.raises(moco.Stopped):
             measure(encoder, train, test, stop=lambda: len(seen) >= batches)
-        assert (len(seen), encoder.training) == (batches, True)
+        assert len(seen) == batches
 
     @pytest.mark.parametrize("head", [False, True])
     @pytest.mark.parametrize("linear", [False, True])
@@ -1519,8 +1533,8 @@ CONV = "module.encoder_q.layer1.0.conv1.weight"
 STEM = "module.encoder_q.conv1.weight"
 BROKEN = {  # how to write the file, or what to change in its content, and words of the refusal
     "empty": (lambda checkpoint, path: path.touch(), "not a checkpoint (EOFError"),
-    "a record marked as a folder": (marked_as_folder, "damaged at"),
-    "compressed": (compressed, "damaged at"),
+    "a record marked as a folder": (marked_as_folder, "damaged, compressed or a folder"),
+    "compressed": (compressed, "damaged, compressed or a folder"),
     "a pickle": (lambda checkpoint, path: path.write_bytes(pickle.dumps(Code())), "UnpicklingError"),
     "a class": (dict(optimizer=Code()), "getattr"),
     "no epoch": (dict(epoch=...), "not a checkpoint (KeyError: 'epoch')"),
@@ -1550,6 +1564,7 @@ class TestCheckpoints:
         assert same(moco.load_checkpoint(str(tmp_path / "c.pt")), checkpoint)
 
     @pytest.mark.parametrize("change, words", BROKEN.values(), ids=BROKEN)
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.usefixtures("run")  # in a folder of its own
     def test_a_broken_or_hostile_file_is_refused_in_a_line_and_not_executed(self, checkpoint, change, words):
         if callable(change):
@@ -1898,7 +1913,7 @@ def train_and_signal(folder, config, number, count):
         if event in ("open", "os.rename") and str(arguments[0]).endswith(".tmp"):
             moments.append(event)
             if len(moments) == count:
-                os.kill(os.getpid() if number == signal.SIGKILL else 0, number)  # 0: workers, too, as a terminal does
+                os.kill(os.getpid(), number)
 
     def work():
         torch.set_num_threads(1)
@@ -2294,23 +2309,21 @@ class TestCommandLine:
 
     def test_train_says_what_it_found_and_knn_measures_the_same(self, folder, run):
         _, out, _ = run("train", *QUICK, f"--data={folder}", "--epochs=1", "--moco-k=8", "--out=c c.pt")
-        first, epoch, last = out.splitlines()
+        first, epoch = out.splitlines()
         assert first == f"{folder}: 20 images to train on in train/, 8 to test on in val/; cpu, fp32"
         numbers = r"epoch 1  loss ([\d.]+)  lr 0\.06  (knn .+)  images_per_s [\d.]+  seconds [\d.]+  minutes_left 0"
         loss, top1 = re.fullmatch(numbers, epoch).groups()
         top1 = top1.removeprefix("knn ")
         close(float(loss), moco.load_checkpoint("c c.pt")["rows"][0]["loss"], rtol=1e-4)
-        assert last.startswith("c c.pt is complete; ")
         assert moco.describe(dict(loss=1.234567, knn=None)) == "loss 1.2346"  # a value that there is not, is not shown
         assert run("knn", "c c.pt", "--device=cpu")[1].startswith(
             f"classifier knn  top1 {top1}  checkpoint c c.pt  epoch 1  "
         )
 
-    def test_a_long_queue_and_many_neighbors_of_few_images_cost_a_notice(self, few, run):
-        command = ["train", *QUICK, "--epochs=1", "--overwrite"]
-        assert "note: " not in run(*command, "--moco-k=40", "--knn-k=20")[1]
-        out = run(*command, "--moco-k=41", "--knn-k=21")[1]
-        assert re.findall("note: (.*) is large for 40 images", out) == ["--moco-k 41", "--knn-k 21"]
+    @pytest.mark.parametrize("k, neighbors, noticed", [(40, 20, False), (41, 20, True), (40, 21, True)])
+    def test_a_long_queue_or_many_neighbors_of_few_images_cost_a_notice(self, few, run, k, neighbors, noticed):
+        out = run("train", *QUICK, "--epochs=1", f"--moco-k={k}", f"--knn-k={neighbors}")[1]
+        assert ("note: --moco-k or --knn-k is large for 40 images\n" in out) == noticed
 
     def test_a_batch_of_more_images_than_there_are_names_numbers_that_work(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--bn-splits=5", "--batch-size"]
@@ -2419,7 +2432,7 @@ class TestCommandLine:
 
         port = str(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port)
         torch.multiprocessing.start_processes(work, nprocs=2, start_method="fork")
-        assert [len((tmp_path / name).read_text().splitlines()) for name in ("out0", "out1")] == [4, 0]
+        assert [len((tmp_path / name).read_text().splitlines()) for name in ("out0", "out1")] == [3, 0]
         assert sorted(os.listdir(tmp_path)) == ["ckpt.csv", "ckpt.pt", "out0", "out1"]
 
     def test_a_run_whose_reader_leaves_costs_at_most_a_line(self, image_folder, tmp_path):
