@@ -265,7 +265,7 @@ class MemoryBank(nn.Module):
 
 class SimCLR(EndToEnd):
     """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1. The paper's BatchNorm spans
-    all devices: give the encoder bn_splits=1, else a query and its key share their statistics."""
+    all devices: give the encoder bn_splits=1, else a query and its key are normalized with the same few images."""
 
     def forward(self, im_q: Tensor, im_k: Tensor, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S): mean over 2N queries, 2·P·N−2 negatives each."""
@@ -724,12 +724,12 @@ FIXED += ["aug", "size", "batch_size"]
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
 IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
-TINY = dict(data="shapes", aug="v1", width=0.25, bn_splits=2, batch_size=64, moco_k=256, epochs=9)
+TINY = dict(data="shapes", aug="v1", arch="resnet10", width=0.25, bn_splits=2, batch_size=64)
 PRESETS = {
     "cifar10": {},
     "v1": dict(IMAGENET, aug="v1", mlp=False, moco_t=0.07, cos=False),
     "v2": dict(IMAGENET, aug="v2", moco_t=0.2),
-    "tiny": dict(TINY, knn_every=5, knn_k=20),
+    "tiny": dict(TINY, moco_k=256, epochs=6, knn_every=3, knn_k=20),
     "cpu": dict(arch="resnet10", width=0.5, size=24, bn_splits=2, batch_size=256),
 }
 
@@ -772,16 +772,20 @@ class Files:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
             return torch.stack(crops, dim=-4)  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            submitted = ((pool.submit(read, *batch), batch[1]) for batch in plan)
-            ahead = deque(itertools.islice(submitted, 1 + self.workers))
+        # torch's own threads, one team for each of these, would be too many.
+        pool = ThreadPoolExecutor(max(1, self.workers), initializer=torch.set_num_threads, initargs=(1,))
+        submit = ((pool.submit(read, *batch), batch[1]) for batch in plan)
+        ahead = deque(itertools.islice(submit, 1 + self.workers))
+        try:
             while ahead:
                 future, indices = ahead.popleft()
-                ahead.extend(itertools.islice(submitted, 1))
+                ahead.extend(itertools.islice(submit, 1))
                 images = future.result()
                 if self.device.type == "cuda":
                     images = images.pin_memory()  # else the copy waits for the device
                 yield copy_to(images, self.device), indices
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
@@ -1235,7 +1239,7 @@ class Run:
         self.ddp_model = self.model
         if world_size() > 1:
             self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
-            self.ddp_model.broadcast_buffers = False  # rank 0's are sent by now; each rank keeps its own
+            self.ddp_model.broadcast_buffers = False  # each rank keeps its own; as an argument it is deprecated
 
     def checkpoint(self) -> dict:
         """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
@@ -1280,7 +1284,7 @@ class Run:
         UserError for an unreadable image, a loss that is not finite, a full disk."""
         if len(self.rows) == self.config.epochs:
             return  # a complete run is left as it is
-        self.save()
+        self.save()  # fails now, not after an epoch, if the disk does
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         with contextlib.suppress(Stopped):
             if row := self.end_epoch(stop):  # the run was stopped during kNN: finish that epoch first
@@ -1368,7 +1372,8 @@ class Run:
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
 CheckpointPath = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
 OutputPath = Annotated[str, typer.Argument(help="file to write")]
-LINEAR_OPTIONS = "json data root size workers aug device precision head"
+DATA_OPTIONS = "data root size workers aug device precision head"
+LINEAR_OPTIONS = DATA_OPTIONS + " json"
 KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
@@ -1399,8 +1404,8 @@ SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
-    """Yield a list of the signals received, for the caller to act on. A second one has its default effect; with several
-    processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
+    """Yield a list of the signals received, for the caller to act on. The handlers of before act on a second one; with
+    several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
     received = []
     main_thread = threading.current_thread() is threading.main_thread()
     restore = contextlib.ExitStack()  # puts the handlers of before back
@@ -1436,11 +1441,12 @@ def show_progress(run: Run, rows: Iterator) -> None:
     """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
     as_json = run.config.json
     quiet = as_json or rank() > 0 or not sys.stdout.isatty()
-    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # all steps tell the time left, however slow
-        for row in bar.track(rows, run.config.epochs * run.steps_per_epoch, run.step):
+    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # else slow steps have no time left
+        task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
+        for row in rows:
+            bar.update(task, completed=run.step)
             if run.step % 10 == 1 and not quiet:  # not always: reading the loss waits for the device
-                loss = run.losses[(run.step - 1) % run.steps_per_epoch]
-                bar.update(bar.task_ids[0], description=f"loss {loss:.3f}")
+                bar.update(task, description=f"loss {run.losses[(run.step - 1) % run.steps_per_epoch]:.3f}")
             if row:
                 left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
                 say(dumps(row) if as_json else describe({**row, "minutes_left": left}))
@@ -1514,7 +1520,7 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
 
 
 def write_picture(path: str, groups: list[Tensor]) -> None:
-    """Write groups of images (R,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
+    """Write groups of images (rows,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
     gap = torch.ones_like(groups[0][:, :1])
     rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)
     buffer = io.BytesIO()
@@ -1539,7 +1545,7 @@ def views(output: OutputPath, **options: Any) -> None:
     write_picture(output, groups)
 
 
-@command(f"{LINEAR_OPTIONS} seed overwrite")
+@command(f"{DATA_OPTIONS} seed overwrite")
 def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
     split, the queries are training images, each its own nearest."""
@@ -1548,8 +1554,9 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast), dim=1)
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    features = extract_features(encoder, queries, config, autocast)[chosen]  # their lengths do not change the order
-    nearest = (features @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
+    features = bank if data.test is None else extract_features(encoder, queries, config, autocast)
+    # The lengths of the features do not change the order.
+    nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
     crop = Augment(config.aug, config.size).evaluation_view
     [(shown, _)] = queries.batches([(0, chosen)], crop)
     [(found, _)] = data.train.batches([(0, nearest.flatten())], crop)

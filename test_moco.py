@@ -1028,16 +1028,15 @@ def fake_bytes(*shape):
     return torch.empty(shape, dtype=torch.uint8, device="cuda")
 
 
-class InThisThread(contextlib.nullcontext):
-    """An executor for fake tensors, which other threads do not know."""
-
-    def submit(self, function, *arguments):
-        return types.SimpleNamespace(result=partial(function, *arguments))
+def no_threads(*_, **__):
+    """Replace ThreadPoolExecutor: other threads do not know the fake tensors of this one."""
+    submit = lambda *call: types.SimpleNamespace(result=partial(*call))  # noqa: E731
+    return types.SimpleNamespace(submit=submit, shutdown=lambda **_: None)
 
 
 @pytest.fixture
 def fake_threads(monkeypatch):
-    monkeypatch.setattr(moco, "ThreadPoolExecutor", lambda _: InThisThread(InThisThread()))
+    monkeypatch.setattr(moco, "ThreadPoolExecutor", no_threads)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
 
 
