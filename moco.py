@@ -5,8 +5,8 @@
 # SPDX-License-Identifier: MIT
 """Momentum Contrast (MoCo) in one file: the method first, then what trains and evaluates it.
 
-Result: 66.9 % kNN and 68.9 % linear accuracy on CIFAR-10 after 100 epochs (n = 1), by a ResNet-10 of a quarter of the
-width on two cores of an AMD EPYC without bf16, torch 2.14.1, in 100 to 146 minutes. See the README for the command.
+Result: 66.9 % kNN and 68.9 % linear accuracy on CIFAR-10 after 100 epochs (one seed), by a ResNet-10 of a quarter of
+the width on two cores of an AMD EPYC without bf16, torch 2.14.1, in 100 to 146 minutes. See the README for the command.
 
 MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One training step:
 
@@ -79,7 +79,7 @@ def rank() -> int:
 
 
 def local_rows(x: Tensor) -> Tensor:
-    """Return this rank's rows (N,…) of a tensor (P·N,…) of the global batch."""
+    """Return this rank's rows (N,…) of x (P·N,…)."""
     return x.chunk(world_size())[rank()]
 
 
@@ -197,7 +197,7 @@ class MoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, generator: Generator | None = None, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S) of the same images, then enqueue the keys. symmetric: add the loss
-        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. All mechanisms are
+        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. Every --method is
         called with (im_q, im_k, generator, indices)."""
         if self.training:
             self.momentum_update()
@@ -338,8 +338,8 @@ class ResNetEncoder(nn.Module):
         block, depths = ARCHS[arch]
         kernel, stem_stride = STEMS[stem]
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
-        channels = int(64 * width)  # input of the next block
-        planes = channels  # its 3×3 convolutions
+        channels = int(64 * width)  # into the next block
+        planes = channels  # in its 3×3 convolutions
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
@@ -442,7 +442,7 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     # 1 where red (or green) is the largest channel, else 0: sign() is −1 or 0 here, and faster than `==`.
     is_r = (r - value).sign_().add_(1)
     is_g = (g - value).sign_().add_(1)
-    # The hue in sixths of a turn, times chroma: for the largest channel blue, then green, then red.
+    # The hue in sixths of a turn, times chroma: as if blue were largest, then replaced where green or red is.
     sixths = (r - g).add_(chroma, alpha=4)
     sixths = sixths.lerp_((b - r).add_(chroma, alpha=2), is_g)
     sixths = sixths.lerp_(g - b, is_r)
@@ -534,9 +534,8 @@ class Augment:
         if images.dtype != torch.uint8 or images.shape[1:-2] != (3,):
             raise TypeError(f"images are uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
         u = uniform(generator, len(images), 4, 10)
-        boxes = crop_boxes(
-            u, *images.shape[2:], self.recipe.scale
-        )  # on the CPU: faster than launching many tiny GPU kernels
+        # On the CPU: faster than many tiny GPU kernels.
+        boxes = crop_boxes(u, *images.shape[2:], self.recipe.scale)
         crops = crop(images / 255, copy_to(boxes, images.device), self.size)
         return self.augment_crops(crops, generator)
 
@@ -609,7 +608,7 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
     similarity s has exp(s/T) votes; if M < k, all vote. 128 MiB at a time. Raises ValueError if k or M is 0."""
     if min(k, len(bank)) < 1:
         raise ValueError(f"k = {k} of {len(bank)}: at least one neighbor must vote")
-    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of the similarities: to normalize the bank would copy it
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: normalizing the bank would copy it
     predictions = []
     for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
         similarity = (chunk @ bank.T).mul_(scale)  # (n,M)
@@ -701,7 +700,7 @@ class Config:
         return cls(preset=preset, **PRESETS[preset] | explicit)
 
     def __post_init__(self) -> None:
-        for x in fields(self):  # to the default's type: a checkpoint holds plain values, not e.g. np.int64
+        for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         splits = self.bn_splits
         if self.symmetric and self.method != "moco":
@@ -973,7 +972,7 @@ def extract_features(
     Stopped once stop() is true."""
     augment = Augment(config.aug, config.size)
     per_rank = math.ceil(len(images) / world_size())
-    # all_gather wants as many rows from every rank: they are padded with the last image.
+    # Every rank must have as many rows: the last image fills up.
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
     plan = ((0, batch) for batch in indices.split(512))
     embed_batch = encoder if config.head else encoder.features
@@ -1083,7 +1082,7 @@ def load_checkpoint(path: str) -> dict:
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
-        Config.from_preset(**checkpoint["config"])  # raises if it is none
+        Config.from_preset(**checkpoint["config"])  # raises if they fit none
     except Exception as error:  # damaged bytes can cause any
         if isinstance(error, OSError) and error.filename:
             raise
@@ -1118,7 +1117,7 @@ def load_encoder(checkpoint: dict, path: str, head: bool = False) -> ResNetEncod
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory, where it can: to get it again costs 1/6 of a step."""
+    """Let the C library keep freed memory, where it can: getting it again costs 1/6 of a step."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -1189,8 +1188,8 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, two_views: SplitTwoViews) -> tuple[Callable, Callable]:
-    """Return what crops images when they are read, and what makes two views of the batch: files are cropped when read,
-    at their own resolution; images in memory with the batch."""
+    """Return what crops images as they are read, and what makes two views of a batch. Files are cropped at their own
+    resolution; images in memory only by the second."""
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
     return lambda batch, *_: batch, two_views
@@ -1233,7 +1232,7 @@ class Run:
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
         if resumes:
             self.restore(load_checkpoint(config.out))
-        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # equal if both are
+        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # same data, same step
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
         self.ddp_model = self.model
@@ -1269,7 +1268,7 @@ class Run:
             if checkpoint["fingerprint"] != own["fingerprint"]:
                 raise ValueError(f"--data {self.config.data} has other images")
             saved = tensors_of(checkpoint)
-            tensors = tensors_of(own)  # the run's own, no copies
+            tensors = tensors_of(own)  # not copies: to fill them restores the run
             check_tensors(saved, tensors)
             for name, x in tensors.items():
                 x.copy_(saved[name])
@@ -1480,6 +1479,7 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     config = Config.from_preset(**checkpoint["config"] | options)
     encoder = load_encoder(checkpoint, path, config.head)
     device, autocast = pick_device(config)
+    config = replace(config, device=device.type, precision=precision_of(autocast))
     encoder.to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
@@ -1493,7 +1493,6 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
     result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=str(path), epoch=epoch)
     names = LINEAR_OPTIONS if linear else KNN_OPTIONS
     result |= {name: getattr(config, name) for name in names.split()}
-    result |= dict(device=next(encoder.parameters()).device.type, precision=precision_of(autocast))
     result |= dict(bank=len(data.train), queries=len(data.test))
     say(dumps(result) if config.json else describe(result))
     return result
@@ -1531,7 +1530,7 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
 
 @command("preset data root size aug seed overwrite", Config)
 def views(output: OutputPath, **options: Any) -> None:
-    """Draw eight images and, after a gap each, the two views of four steps."""
+    """Draw eight images, then the two views of each of four steps."""
     check_out(output, options.get("overwrite", False))
     config = Config.from_preset(**options, workers=0)
     train = load_data(config, torch.device("cpu")).train

@@ -1040,7 +1040,7 @@ def fake_threads(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
 
 
-CUDA_BF16 = partial(torch.autocast, "cuda", torch.bfloat16)
+CUDA_BF16 = partial(torch.autocast, "cuda", torch.bfloat16, enabled=True)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so
@@ -2350,11 +2350,12 @@ class TestCommandLine:
         assert getattr(moco, command)("c.pt", json=True, device="cpu", **given) == expected
 
     def test_an_official_checkpoint_is_evaluated_as_v2(self, run, image_folder, monkeypatch):
-        monkeypatch.setattr(moco, "pick_device", lambda _: (torch.device("meta"), "autocast"))
+        monkeypatch.setattr(moco, "pick_device", lambda _: (torch.device("meta"), CUDA_BF16))
         weights = MoCo(ResNetEncoder("resnet10", stem="imagenet", width=0.125), K=1).state_dict()
         torch.save({"epoch": 200, "arch": "resnet10", "state_dict": weights}, "c.pt")
         encoder, _, config, autocast, _ = moco.load_for_evaluation("c.pt", {"data": str(image_folder)})
-        assert (config.aug, config.size, encoder.conv1.weight.device.type, autocast) == ("v2", 224, "meta", "autocast")
+        assert (config.aug, config.size, config.precision, autocast) == ("v2", 224, "bf16", CUDA_BF16)
+        assert encoder.conv1.weight.is_meta
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=repr)
     def test_a_signal_stops_a_run_that_is_not_complete_and_says_how_to_go_on(self, folder, run, monkeypatch, number):
