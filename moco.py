@@ -17,9 +17,8 @@ MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One tra
     every step begins with  θ_k ← m·θ_k + (1−m)·θ_q
     evaluation: encoder_q's pooled features (N,D) ──► kNN, linear classifier
 
-Shapes: N images per batch and process, P processes, S pixels per side of a view, D features,
-C embedding dimensions, K keys in the queue, M images in a data set.
-test_moco.py specifies the behavior.
+Shapes: N images per batch and process, P processes, S pixels per side of a view, D features, C embedding dimensions,
+K keys in the queue, M images in a data set. test_moco.py specifies the behavior.
 """
 
 import contextlib
@@ -35,10 +34,8 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -140,13 +137,12 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor |
 def embed(encoder: nn.Module, x: Tensor) -> Tensor:
     """Return the embeddings of views x (N,3,S,S) as unit rows (N,C), in float32 or float64."""
     z = encoder(x)
-    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None) -> Tensor:
-    """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), in the views' order. ShuffleBN, 1911.05722, section 3.3:
-    the keys are computed in a random order and put back, so that a query and its key are normalized with different
-    images. Otherwise BatchNorm statistics that both share reveal the match. Several ranks need a generator."""
+    """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), in the views' order, computed in a random one: ShuffleBN,
+    1911.05722, section 3.3. Otherwise BatchNorm statistics that a query and its key share would reveal the match."""
     if generator is None and world_size() > 1:
         raise ValueError("several processes need a generator, with the same seed in each")
     im_k = all_gather(im_k)
@@ -248,7 +244,7 @@ class MemoryBank(nn.Module):
         self.K = K
         self.m = m
         self.T = T
-        self.register_buffer("bank", F.normalize(torch.randn(num_images, dim), dim=1))
+        self.register_buffer("bank", F.normalize(torch.randn(num_images, dim)))
 
     def forward(self, im_q: Tensor, im_k: Tensor, generator: Generator | None, indices: Tensor) -> Tensor:
         """Return the loss of views im_q (N,3,S,S) of the images `indices` (N,); im_k is not used."""
@@ -258,7 +254,7 @@ class MemoryBank(nn.Module):
         k = self.bank[indices]
         loss = info_nce(q, k, self.bank[drawn].T, self.T, ignore=drawn == indices[:, None])
         if self.training:
-            rows = F.normalize(torch.lerp(k, q.detach().to(k.dtype), 1 - self.m), dim=1)
+            rows = F.normalize(torch.lerp(k, q.detach().to(k.dtype), 1 - self.m))
             self.bank[all_gather(indices)] = all_gather(rows)
         return loss
 
@@ -342,7 +338,6 @@ class ResNetEncoder(nn.Module):
         planes = channels  # in its 3×3 convolutions
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(channels)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
         for i, depth in enumerate(depths):
             layer = nn.Sequential()
@@ -357,16 +352,16 @@ class ResNetEncoder(nn.Module):
             self.add_module(f"layer{i + 1}", layer)
             planes *= 2
         self.feature_dim = channels
-        self.fc: nn.Module = nn.Linear(channels, dim)
+        self.fc = nn.Linear(channels, dim)
         if mlp:
             self.fc = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def features(self, x: Tensor) -> Tensor:
         """Return the pooled features (N,D) of images x (N,3,S,S), before the head."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -375,7 +370,6 @@ class ResNetEncoder(nn.Module):
 
 
 # ───────────────────────────────────────────── Views ──────────────────────────────────────────────
-#
 # Images x are float (N,3,H,W) in [0,1]; parameters have one row per image. To select per image, torch.lerp
 # with weights 0 and 1 is used: on a CPU it is 20 times as fast as torch.where.
 
@@ -391,7 +385,7 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
     w = (area * ratio).sqrt().round()
     top = u_top * (height - h + 1)  # boxes.long() rounds it down
     left = u_left * (width - w + 1)
-    fits = (h.clamp(1, height) == h) & (w.clamp(1, width) == w)
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
     first = fits.int().argmax(1, keepdim=True)
     boxes = torch.cat([x.gather(1, first) for x in (top, left, h, w)], 1)
     h = min(height, round(width * 4 / 3))
@@ -401,11 +395,9 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
 
 
 def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Return matrices (N,size,pixels) that resize [start, start+length) of a line of pixels. start, length (N,).
+    """Return matrices (N,size,pixels) that resize [start, start+length) of a line of pixels. start, length (N,1,1).
     Bilinear with antialiasing: triangular weights, of half-width one pixel of the input or output, the larger one."""
     pixel = torch.arange(pixels, device=start.device) + 0.5
-    start = start[:, None, None]
-    length = length[:, None, None]
     pitch = length / size
     center = start + pitch * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weights = (1 - (pixel - center).abs() / pitch.clamp(min=1)).clamp(min=0)
@@ -422,7 +414,7 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut each image to its box (N,4) and resize it bilinearly to (N,3,size,size)."""
-    top, left, h, w = boxes.unbind(1)
+    top, left, h, w = boxes[:, :, None, None].unbind(1)  # (N,1,1) each
     rows = resize_matrix(top, h, x.shape[2], size)
     columns = resize_matrix(left, w, x.shape[3], size)
     return separable(x, rows, columns)
@@ -437,8 +429,8 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Add `turn` (N,1,1,1), in turns of the color circle, to HSV's hue. A channel is then value − chroma·clamp(2 −
     |6·frac(hue + offset) − 2|, 0, 1), its offset 5/6 for red, 3/6 green, 1/6 blue."""
     r, g, b = x.split(1, 1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
     # 1 where red (or green) is the largest channel, else 0: sign() is −1 or 0 here, and faster than `==`.
     is_r = (r - value).sign_().add_(1)
     is_g = (g - value).sign_().add_(1)
@@ -453,12 +445,9 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     return value - drop.mul_(chroma)
 
 
-def color_jitter(
-    x: Tensor, generator: Generator, brightness: float, contrast: float, saturation: float, hue: float
-) -> Tensor:
-    """Scale brightness, contrast and saturation by uniform factors in 1 ± strength, and shift the hue by up to ± hue
+def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1)) -> Tensor:
+    """Scale brightness, contrast and saturation by uniform factors in 1 ± strength, shift the hue by up to ± strength
     turns, by separate draws per image. Their order is drawn once per batch; torchvision draws it per image."""
-    strengths = (brightness, contrast, saturation, hue)
     for i in torch.randperm(4, generator=generator).tolist():
         factor = 1 + strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
         if i == 0:
@@ -472,7 +461,7 @@ def color_jitter(
     return x
 
 
-def gaussian_blur(x: Tensor, generator: Generator, low: float, high: float) -> Tensor:
+def gaussian_blur(x: Tensor, generator: Generator, low: float = 0.1, high: float = 2.0) -> Tensor:
     """Blur square images (N,3,S,S), each by a sigma of its own from low to high pixels, with reflected borders. The
     kernel has 2·⌊S/20⌋ + 1 pixels, a tenth of the side: SimCLR, 2002.05709, appendix A."""
     sigma = low + (high - low) * uniform(generator, len(x), 1, device=x.device)
@@ -496,7 +485,7 @@ def flip(x: Tensor, generator: Generator) -> Tensor:
     return x.flip(-1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
     """Describe views: crop area as a fraction of the image, transforms (x, generator) -> x with their probabilities,
     normalization. Evaluation resizes the shorter side to margin·S and crops S×S."""
@@ -508,26 +497,22 @@ class Recipe:
     margin: float = 256 / 224
 
 
-JITTER_V1 = partial(color_jitter, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4)
-JITTER = partial(JITTER_V1, hue=0.1)
-BLUR = partial(gaussian_blur, low=0.1, high=2.0)
+JITTER_V1 = partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4))
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), margin=1)
 RECIPES = {
-    "cifar": Recipe((0.08, 1), ((0.5, flip), (0.8, JITTER), (0.2, grayscale)), **CIFAR),
+    "cifar": Recipe((0.08, 1), ((0.5, flip), (0.8, color_jitter), (0.2, grayscale)), **CIFAR),
     "v1": Recipe((0.2, 1), ((0.2, grayscale), (1, JITTER_V1), (0.5, flip))),
-    "v2": Recipe((0.2, 1), ((0.8, JITTER), (0.2, grayscale), (0.5, BLUR), (0.5, flip))),
+    "v2": Recipe((0.2, 1), ((0.8, color_jitter), (0.2, grayscale), (0.5, gaussian_blur), (0.5, flip))),
 }
 
 
 class Augment:
-    """Turn images into random views by a recipe, on their device, with separate draws per image. The draws come from a
-    CPU generator, so a seed gives the same views on every device."""
+    """Turn images into random views by a recipe, with draws per image, by a CPU generator: equal on every device."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
         self.recipe = RECIPES[recipe]
         self.size = size
-        self.mean = torch.tensor(self.recipe.mean)[:, None, None]
-        self.std = torch.tensor(self.recipe.std)[:, None, None]
+        self.mean, self.std = torch.tensor([self.recipe.mean, self.recipe.std])[:, :, None, None]
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Return views float (N,3,S,S) of images uint8 (N,3,H,W). Raises TypeError for others."""
@@ -555,7 +540,7 @@ class Augment:
         longest = 2 * min(images.shape[-2:])  # a panorama is cut first: resizing all of it takes gigabytes
         images = tvf.center_crop(images, [min(side, longest) for side in images.shape[-2:]])
         images = tvf.resize(images, [round(self.size * self.recipe.margin)])
-        return tvf.center_crop(images, [self.size, self.size])
+        return tvf.center_crop(images, [self.size])
 
 
 @dataclass
@@ -573,7 +558,7 @@ class SplitTwoViews:
         """Crop an image uint8 (3,H,W) twice at its own resolution: (2,3,S,S)."""
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], self.augment.recipe.scale)
-        size = [self.augment.size, self.augment.size]
+        size = [self.augment.size] * 2
         return torch.stack([tvf.resized_crop(image, *box, size) for box in boxes.tolist()])
 
     def from_crops(self, crops: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -610,7 +595,7 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
         raise ValueError(f"k = {k} of {len(bank)}: at least one neighbor must vote")
     scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: normalizing the bank would copy it
     predictions = []
-    for chunk in F.normalize(features, dim=1).split(max(1, 2**25 // len(bank))):
+    for chunk in F.normalize(features).split(max(1, 2**25 // len(bank))):
         similarity = (chunk @ bank.T).mul_(scale)  # (n,M)
         similarity, neighbors = similarity.topk(min(k, len(bank)))  # (n,k)
         weights = (similarity / T).softmax(1)  # exp(s/T) up to a factor per query: softmax cannot overflow
@@ -621,9 +606,8 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
-    """Minimize cross-entropy + decay/2·‖W‖² of features (M,D), labels (M,): logistic regression. The features should
-    have mean 0 and std 1. The loss is convex, and L-BFGS runs close to its minimum, so there is no learning rate to
-    tune; the papers train by SGD at a learning rate of 30, 1911.05722, section 4.1. Returns a frozen layer."""
+    """Return a frozen layer that minimizes cross-entropy + decay/2·‖W‖² of features (M,D) with mean 0 and std 1, labels
+    (M,). The loss is convex: L-BFGS needs no learning rate; 1911.05722, section 4.1, trains by SGD at one of 30."""
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     parameters = [nn.init.zeros_(x) for x in linear.parameters()]
     optimizer = torch.optim.LBFGS(parameters, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-7)
@@ -639,7 +623,6 @@ def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e
 
 
 # ───────────────────────────────────────────── Config ─────────────────────────────────────────────
-
 import typer  # noqa: E402  imported here, so that the method can be copied without it
 from rich.progress import Progress  # noqa: E402
 
@@ -707,7 +690,7 @@ class Config:
             raise UserError(f"--symmetric: not with --method {self.method}; give --no-symmetric")
         if splits % world_size():
             raise UserError(f"--bn-splits {splits}: must be a multiple of the {world_size()} processes")
-        if self.batch_size % splits or self.batch_size < 2 * splits:
+        if self.batch_size % splits or self.batch_size == splits:
             rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
         smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
@@ -717,8 +700,8 @@ class Config:
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
 # What --resume may not change: these decide what the checkpoint's tensors mean.
-FIXED = "preset method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits".split()
-FIXED += ["aug", "size", "batch_size"]
+FIXED = ["preset"]
+FIXED += "method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits aug size batch_size".split()
 # How to run: never taken from a checkpoint.
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
@@ -753,8 +736,7 @@ class InMemory:
 
 @dataclass
 class Files:
-    """Read images from files when they are needed, in threads; labels (M,) int64, if any. Pillow decodes, and torch
-    resizes, without Python's lock."""
+    """Read images from files when needed, in threads: Pillow and torch release Python's lock. labels (M,), if any."""
 
     paths: list[str]
     labels: Tensor | None
@@ -767,19 +749,18 @@ class Files:
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
         """Yield what InMemory.batches does, by crop(image, epoch, index) of each image. Raises UserError."""
 
-        def read(epoch: int, indices: Tensor) -> Tensor:
+        def read(epoch: int, indices: Tensor) -> tuple:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
-            return torch.stack(crops, dim=-4)  # (N,3,S,S), or of pairs (2,N,3,S,S)
+            return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
         # torch's own threads, one team for each of these, would be too many.
         pool = ThreadPoolExecutor(max(1, self.workers), initializer=torch.set_num_threads, initargs=(1,))
-        submit = ((pool.submit(read, *batch), batch[1]) for batch in plan)
-        ahead = deque(itertools.islice(submit, 1 + self.workers))
+        submitted = (pool.submit(read, *batch) for batch in plan)
+        ahead = list(itertools.islice(submitted, 1 + self.workers))
         try:
             while ahead:
-                future, indices = ahead.popleft()
-                ahead.extend(itertools.islice(submit, 1))
-                images = future.result()
+                images, indices = ahead.pop(0).result()
+                ahead += itertools.islice(submitted, 1)
                 if self.device.type == "cuda":
                     images = images.pin_memory()  # else the copy waits for the device
                 yield copy_to(images, self.device), indices
@@ -788,7 +769,7 @@ class Files:
 
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
@@ -796,8 +777,6 @@ def read_image(path: str) -> Tensor:
     """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, or for gray of more than 8 bits."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > 2**27:  # a file of a few kilobytes can hold gigabytes
-                raise ValueError("more than 2**27 pixels")
             if image.mode[0] in "IF":  # Pillow's I, I;16 and F
                 raise ValueError("more than 8 bits per channel")
             return tvf.pil_to_tensor(image.convert("RGB"))
@@ -814,22 +793,19 @@ class Data:
     train: InMemory | Files
     test: InMemory | Files | None
     description: str  # which images were found where
-    fingerprint: str  # of the images' number and names, not of their content
+    fingerprint: str | int  # of the images' number and names, not of their content
 
 
 def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
     if config.data not in ("shapes", "cifar10", "cifar100"):
         return load_folder(config, device)
-    splits = []
-    for is_train in (True, False):
-        images, labels = shapes(is_train) if config.data == "shapes" else cifar(config, is_train)
-        splits.append(InMemory(images.to(device), labels))
-    description = f"{len(splits[0])} images to train on, {len(splits[1])} to test on"
-    return Data(*splits, description, fingerprint=config.data)
+    read = shapes if config.data == "shapes" else partial(cifar, config)
+    train, test = (InMemory(images.to(device), labels) for images, labels in (read(True), read(False)))
+    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", fingerprint=config.data)
 
 
-def cifar(config: Config, train: bool) -> tuple[Tensor, Tensor]:
+def cifar(config: Config, train: bool) -> tuple:
     """Return CIFAR's images uint8 (M,3,32,32) and labels (M,); rank 0 downloads them first."""
     if rank() > 0:
         dist.barrier()  # until rank 0 has downloaded
@@ -850,9 +826,9 @@ def find_images(root: str) -> list[str]:
     found = []
     folders = [os.path.join(root, "")]
     # Links can form loops: no folder is read twice, and none above root.
-    visited = {str(parent) for parent in Path(os.path.realpath(root)).parents}
+    visited = set(Path(root).resolve().parents)
     for folder in folders:  # breadth first, as the list grows: a folder is found before a deeper link to it
-        place = os.path.realpath(folder)
+        place = Path(folder).resolve()
         if place in visited:
             continue
         visited.add(place)
@@ -876,7 +852,7 @@ def find_split(tops: set[str], kind: str) -> str:
     return "".join(fitting)
 
 
-def number_classes(train: list[str], test: list[str]) -> dict[str, int]:
+def number_classes(train: list, test: list) -> dict:
     """Return each path's label, the number of its class folder in train; {} if no test image lies in such a class.
     Raises UserError if some images do and some do not."""
     names = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
@@ -912,9 +888,9 @@ def load_folder(config: Config, device: torch.device) -> Data:
         description += "no kNN: that needs train/CLASS/* and val/CLASS/*"
     if train_top and (others := tops - {train_top, test_top}):
         description += f"; not read: {' '.join(sorted(others))}"
-    fingerprint = hashlib.blake2b(os.fsencode("\n".join(train + test)), digest_size=8).hexdigest()
+    fingerprint = rng(*train, *test).initial_seed()
 
-    def read(split: list[str]) -> InMemory | Files:
+    def read(split: list) -> InMemory | Files:
         paths = [os.path.join(root, path) for path in split]
         targets = torch.tensor([labels[path] for path in split]) if labels else None
         return read_small(Files(paths, targets, device, config.workers))
@@ -935,7 +911,7 @@ def read_small(files: Files) -> InMemory | Files:
     return InMemory(torch.stack(images).to(files.device), files.labels)
 
 
-def shapes(train: bool) -> tuple[Tensor, Tensor]:
+def shapes(train: bool) -> tuple:
     """Draw 6,000 images uint8 (M,3,32,32) to train on, or 2,000 to test on, and labels (M,): five textures, coarse or
     fine, of any angle, place and shade."""
     n = 6_000 if train else 2_000
@@ -968,8 +944,7 @@ class Stopped(Exception):
 def extract_features(
     encoder: nn.Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
 ) -> Tensor:
-    """Return the images' pooled features float32 (M,D), with --head embeddings; leaves the encoder in eval mode. Raises
-    Stopped once stop() is true."""
+    """Return pooled features float32 (M,D), with --head embeddings, in eval mode. Raises Stopped if stop() is true."""
     augment = Augment(config.aug, config.size)
     per_rank = math.ceil(len(images) / world_size())
     # Every rank must have as many rows: the last image fills up.
@@ -1008,9 +983,10 @@ def accuracy(
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
 def check_out(path: str, may_exist: bool) -> None:
     """Raise UserError if a file cannot be written to a path, or would replace one."""
-    if not os.path.isdir(os.path.dirname(path) or ".") or (os.path.exists(path) and not os.path.isfile(path)):
+    target = Path(path)
+    if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise UserError(f"{path}: must be a file in a folder that exists")
-    if os.path.exists(path) and not may_exist:
+    if target.exists() and not may_exist:
         advice = "give --overwrite to replace it, or another name (train --resume goes on with it)"
         raise UserError(f"{path}: exists already; {advice}")
 
@@ -1061,7 +1037,7 @@ def check_tensors(tensors: dict, expected: dict) -> None:
         x = tensors[name]
         fits = isinstance(x, Tensor) and (x.shape, x.dtype) == (right.shape, right.dtype)
         # With stride 0, a tensor claims more than it holds: a file of a few bytes could fill the memory.
-        complete = fits and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+        complete = fits and x.nbytes <= x.untyped_storage().nbytes()
         if not complete or not x.isfinite().all():
             raise ValueError(f"{name} is not {right.dtype} {tuple(right.shape)}, complete and finite")
 
@@ -1077,15 +1053,12 @@ def load_checkpoint(path: str) -> dict:
                     raise ValueError("a record is damaged, compressed or a folder")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["epoch"] = int(checkpoint["epoch"])
-        checkpoint["state_dict"] = {str(name): x for name, x in checkpoint["state_dict"].items()}
         config = {"preset": "v2"} | checkpoint.get("config", {})  # official ones have no options
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
         Config.from_preset(**checkpoint["config"])  # raises if they fit none
     except Exception as error:  # damaged bytes can cause any
-        if isinstance(error, OSError) and error.filename:
-            raise
         raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
 
@@ -1095,36 +1068,28 @@ def load_encoder(checkpoint: dict, path: str, head: bool = False) -> ResNetEncod
     are read off the weights, whose prefixes `module.` and `_orig_mod.` (of torch.compile) are optional. Raises
     UserError if they are not those of a ResNetEncoder."""
     weights = {}
-    for name, x in checkpoint["state_dict"].items():
-        name = name.replace("_orig_mod.", "").partition("encoder_q.")[2]
-        if name and (head or not name.startswith("fc.")):
-            weights[name] = x
     try:
+        for name, x in checkpoint["state_dict"].items():
+            name = str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]
+            if name:
+                weights[name] = x
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem = "cifar" if kernel == 3 else "imagenet"
         mlp = "fc.0.weight" in weights
-        dim = len(weights["fc.2.bias" if mlp else "fc.bias"]) if head else 1
+        dim = len(weights["fc.2.bias" if mlp else "fc.bias"])
         with torch.device("meta"):  # nothing is allocated before names and shapes are checked
             encoder = ResNetEncoder(checkpoint["arch"], dim, mlp, bn_splits=1, stem=stem, width=channels / 64)
-        if not head:
-            encoder.fc = nn.Identity()
         check_tensors(weights, encoder.state_dict())
         encoder.load_state_dict(weights, assign=True)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged bytes can cause any
         raise UserError(f"{path}: encoder_q is not one of {', '.join(ARCHS)} ({cause_of(error)})") from error
+    if not head:
+        encoder.fc = nn.Identity()
     return encoder.eval()
 
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory, where it can: getting it again costs 1/6 of a step."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def pick_device(config: Config) -> tuple[torch.device, Callable]:
+def pick_device(config: Config) -> tuple:
     """Return the device and its autocast, to bf16 where --precision asks for it or it is fast. Joins the processes
     that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. Raises UserError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1146,7 +1111,10 @@ def pick_device(config: Config) -> tuple[torch.device, Callable]:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
-        keep_freed_memory()
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
+            # The C library keeps freed memory: to get it again costs 1/6 of a step.
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     bf16 = fast if config.precision == "auto" else config.precision == "bf16"
     return device, partial(torch.autocast, name, torch.bfloat16, enabled=bf16)
 
@@ -1163,13 +1131,15 @@ def build_model(config: Config, num_images: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not CUDA's
         encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
-        models = {
-            "moco": partial(MoCo, encoder, dim, K, config.moco_m, T, config.symmetric),
-            "end-to-end": partial(EndToEnd, encoder, T),
-            "memory-bank": partial(MemoryBank, encoder, num_images, dim, K, T=T),
-            "simclr": partial(SimCLR, encoder, T),
-        }
-        return models[config.method]()
+        match config.method:
+            case "moco":
+                return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
+            case "end-to-end":
+                return EndToEnd(encoder, T)
+            case "memory-bank":
+                return MemoryBank(encoder, num_images, dim, K, T=T)
+            case "simclr":
+                return SimCLR(encoder, T)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1183,19 +1153,20 @@ def batch_plan(n: int, config: Config) -> Iterator:
     """Yield each step's epoch and this rank's indices (N,): every epoch is a permutation, cut to full batches."""
     for epoch in range(config.epochs):
         order = torch.randperm(n, generator=rng("order", config.seed, epoch))
-        for indices in order[: n - n % config.batch_size].split(config.batch_size):
+        for indices in order.split(config.batch_size)[: n // config.batch_size]:
             yield epoch, local_rows(indices)
 
 
-def training_crops(images: InMemory | Files, two_views: SplitTwoViews) -> tuple[Callable, Callable]:
+def training_crops(images: InMemory | Files, config: Config) -> tuple:
     """Return what crops images as they are read, and what makes two views of a batch. Files are cropped at their own
     resolution; images in memory only by the second."""
+    two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
     return lambda batch, *_: batch, two_views
 
 
-COLUMNS = ("epoch", "loss", "lr", "knn", "images_per_s", "seconds")  # of the .csv
+COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 
 
 class Run:
@@ -1220,11 +1191,10 @@ class Run:
             for encoder in self.model.children():
                 encoder.compile()
         parameters = list(self.model.encoder_q.parameters())
-        self.optimizer = torch.optim.SGD(parameters, config.lr, 0.9, weight_decay=config.wd, fused=True)
+        self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=config.wd, fused=True)
         for weight in parameters:  # else the first step creates it, and only later checkpoints hold it
             self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
-        self.crop, self.split_two_views = training_crops(self.data.train, two_views)
+        self.crop, self.two_views = training_crops(self.data.train, config)
         self.steps_per_epoch = num_images // config.batch_size
         self.go_to(0)
         self.rows = []
@@ -1260,9 +1230,7 @@ class Run:
         own = self.checkpoint()
         for name, value in own["config"].items():
             old = checkpoint["config"].get(name, value)
-            changed = name in FIXED and value != old
-            shortened = name == "epochs" and value < old
-            if changed or shortened:
+            if (name in FIXED and value != old) or (name == "epochs" and value < old):
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
         try:
             if checkpoint["fingerprint"] != own["fingerprint"]:
@@ -1275,7 +1243,7 @@ class Run:
             self.rows = checkpoint["rows"]
             self.began -= checkpoint["seconds"]
             self.go_to(checkpoint["step"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise UserError(f"--resume: {self.config.out} does not fit this run ({cause_of(error)})") from error
 
     def train(self, stop: Callable = bool) -> Iterator:
@@ -1298,14 +1266,12 @@ class Run:
                 if self.agree(late) or row:
                     self.save()
                 yield row
-        if len(self.rows) < self.config.epochs:
-            self.save()
+        self.save()
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
         """Train on a batch with the learning rate and the random numbers of the step."""
         generator = rng("step", self.config.seed, self.step)
-        views = self.split_two_views
-        loss = train_step(self.ddp_model, self.optimizer, views, images, generator, indices, self.autocast)
+        loss = train_step(self.ddp_model, self.optimizer, self.two_views, images, generator, indices, self.autocast)
         self.losses[self.step % self.steps_per_epoch] = all_gather(loss[None]).mean()
         self.go_to(self.step + 1)
 
@@ -1336,8 +1302,7 @@ class Run:
         return row
 
     def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether `flag` is true on any rank. Several ranks, which wait for all, ask every so many steps; in
-        between the answer is False."""
+        """Return whether `flag` is true on any rank. Several ranks ask every so many steps, else get False."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
@@ -1352,11 +1317,10 @@ class Run:
         """Write checkpoint and .csv, on rank 0. Raises UserError if a number is not finite."""
         self.average_statistics()
         checkpoint = self.checkpoint()
-        for name, x in tensors_of(checkpoint).items():
-            if not x.isfinite().all():
-                epoch = self.step / self.steps_per_epoch
-                advice = "use a lower --lr or --precision fp32, from the start or with --resume"
-                raise UserError(f"{name}: not finite in epoch {epoch:.2f}; {advice}")
+        if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
+            epoch = self.step / self.steps_per_epoch
+            advice = "use a lower --lr or --precision fp32, from the start or with --resume"
+            raise UserError(f"loss or weights are not finite in epoch {epoch:.2f}; {advice}")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
@@ -1367,7 +1331,6 @@ class Run:
 
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
-
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
 CheckpointPath = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
 OutputPath = Annotated[str, typer.Argument(help="file to write")]
@@ -1382,15 +1345,13 @@ def command(names: str, defaults: Any = None) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         def call(context: typer.Context, **values: Any) -> None:
-            given = [x for x in values if context.get_parameter_source(x).name == "COMMANDLINE"]
-            function(**{x: values[x] for x in given})
+            function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-        keyword = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        context = parameter("context", annotation=typer.Context)
         *arguments, _ = inspect.signature(function).parameters.values()  # without **options
-        parameters = [keyword("context", annotation=typer.Context)]
-        parameters += [x.replace(kind=x.KEYWORD_ONLY) for x in arguments]
-        parameters += [keyword(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-        call.__signature__ = inspect.Signature(parameters)
+        options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
+        call.__signature__ = inspect.Signature([context, *arguments, *options])
         app.command(function.__name__, help=function.__doc__)(call)
         return function
 
@@ -1398,7 +1359,7 @@ def command(names: str, defaults: Any = None) -> Callable:
 
 
 # They ask a run to stop, where the system has them. Clusters send SIGUSR1 before their time limit.
-SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, x)]
+SIGNALS = "SIGINT SIGTERM SIGHUP SIGUSR1".split()
 
 
 @contextlib.contextmanager
@@ -1406,19 +1367,18 @@ def catch_signals() -> Iterator:
     """Yield a list of the signals received, for the caller to act on. The handlers of before act on a second one; with
     several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
     received = []
-    main_thread = threading.current_thread() is threading.main_thread()
-    restore = contextlib.ExitStack()  # puts the handlers of before back
 
     def collect(number: int, _: Any) -> None:
         received.append(number)
         if world_size() == 1:
             restore.close()
 
-    with restore:
-        for number in SIGNALS:
-            if main_thread and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                before = signal.signal(number, collect)
-                restore.callback(signal.signal, number, before)
+    with contextlib.ExitStack() as restore:  # which puts the handlers of before back
+        with contextlib.suppress(ValueError):  # outside the main thread
+            for number in signal.Signals:
+                if number.name in SIGNALS and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                    before = signal.signal(number, collect)
+                    restore.callback(signal.signal, number, before)
         yield received
 
 
@@ -1430,9 +1390,7 @@ def say(line: str, to_stderr: bool = False) -> None:
 
 def describe(result: dict) -> str:
     """Format a result for people: the names and values that there are."""
-    values = (
-        f"{name} {x:.5g}" if isinstance(x, float) else f"{name} {x}" for name, x in result.items() if x is not None
-    )
+    values = (f"{key} {x:.5g}" if isinstance(x, float) else f"{key} {x}" for key, x in result.items() if x is not None)
     return "  ".join(values)
 
 
@@ -1445,10 +1403,10 @@ def show_progress(run: Run, rows: Iterator) -> None:
         for row in rows:
             bar.update(task, completed=run.step)
             if run.step % 10 == 1 and not quiet:  # not always: reading the loss waits for the device
-                bar.update(task, description=f"loss {run.losses[(run.step - 1) % run.steps_per_epoch]:.3f}")
+                bar.update(task, description=f"loss {run.losses[run.step % run.steps_per_epoch - 1]:.3f}")
             if row:
                 left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
-                say(dumps(row) if as_json else describe({**row, "minutes_left": left}))
+                say(dumps(row) if as_json else describe(row | {"minutes_left": left}))
 
 
 @command(" ".join(HINTS), Config)
@@ -1459,15 +1417,13 @@ def train(**options: Any) -> list:
         options = load_checkpoint(out)["config"] | options
     run = Run(Config.from_preset(**options))
     config = run.config
-    num_images = len(run.data.train)
     say(f"{config.data}: {run.data.description}; {run.device}, {precision_of(run.autocast)}", config.json)
-    if max(config.moco_k, 2 * config.knn_k) > num_images:
-        say(f"note: --moco-k or --knn-k is large for {num_images} images", config.json)
+    if max(config.moco_k, 2 * config.knn_k) > len(run.data.train):
+        say(f"note: --moco-k or --knn-k is large for {len(run.data.train)} images", config.json)
     with catch_signals() as received:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
-        advice = "to go on, give the same command with --resume"
-        say(f"{config.out}: stopped after step {run.step}; {advice}", config.json)
+        say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
         number = received[0] if received else signal.SIGTERM  # another rank received it
         sys.exit(128 + number)
     return run.rows
@@ -1513,7 +1469,7 @@ def linear(checkpoint: CheckpointPath, **options: Any) -> dict:
 @command("overwrite")
 def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
-    check_out(output, options.get("overwrite", False))
+    check_out(output, options.get("overwrite"))
     save_checkpoint(output, load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict())
     say(f"wrote {output}")
 
@@ -1531,11 +1487,11 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
 @command("preset data root size aug seed overwrite", Config)
 def views(output: OutputPath, **options: Any) -> None:
     """Draw eight images, then the two views of each of four steps."""
-    check_out(output, options.get("overwrite", False))
     config = Config.from_preset(**options, workers=0)
+    check_out(output, config.overwrite)
     train = load_data(config, torch.device("cpu")).train
     augment = Augment(config.aug, config.size)
-    crop, split_two_views = training_crops(train, SplitTwoViews(augment, config.seed))
+    crop, split_two_views = training_crops(train, config)
     chosen = torch.randperm(len(train), generator=rng("picture", config.seed))[:8]
     groups = [images[:, None] / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]
     for step, (images, _) in enumerate(train.batches([(step, chosen) for step in range(4)], crop)):
@@ -1548,10 +1504,10 @@ def views(output: OutputPath, **options: Any) -> None:
 def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
     split, the queries are training images, each its own nearest."""
-    check_out(output, options.get("overwrite", False))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
+    check_out(output, config.overwrite)
     queries = data.test or data.train
-    bank = F.normalize(extract_features(encoder, data.train, config, autocast), dim=1)
+    bank = F.normalize(extract_features(encoder, data.train, config, autocast))
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
     features = bank if data.test is None else extract_features(encoder, queries, config, autocast)
     # The lengths of the features do not change the order.
@@ -1579,10 +1535,8 @@ def main(argv: list[str] | None = None) -> None:
         if end.code != 1:
             raise
         line = "stdout was closed"  # Typer exits with 1 for a broken pipe
-    except UserError as error:
+    except (UserError, OSError) as error:
         line = str(error)
-    except OSError as error:
-        line = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # on a CPU, torch has no class for it
             raise
