@@ -1577,7 +1577,7 @@ class TestCheckpoints:
     @given(place=st.integers(0, 2**20), bits=st.integers(1, 255), cut=st.booleans())
     def test_a_file_with_changed_or_missing_bytes_loads_to_equal_tensors_or_is_refused(self, place, bits, cut):
         weights = {str(i): torch.arange(300) + i for i in range(20)}
-        kept = {"epoch": 3, "arch": "resnet10", "state_dict": weights, "config": {"lr": 0.5}}
+        kept = {"epoch": 3, "arch": "resnet10", "state_dict": weights, "config": {"preset": "v2", "lr": 0.5}}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "c.pt"
             torch.save(kept, path)
