@@ -1028,16 +1028,15 @@ def fake_bytes(*shape):
     return torch.empty(shape, dtype=torch.uint8, device="cuda")
 
 
-def no_threads(*_, **__):
-    """Replace ThreadPoolExecutor: other threads do not know the fake tensors of this one."""
-    submit = lambda *call: types.SimpleNamespace(result=partial(*call))  # noqa: E731
-    return types.SimpleNamespace(submit=submit, shutdown=lambda **_: None)
+def no_threads(*_, **__):  # for other threads do not know the fake tensors of this one
+    return types.SimpleNamespace(submit=lambda *call: types.SimpleNamespace(result=partial(*call)), shutdown=Mock())
 
 
 @pytest.fixture
-def fake_threads(monkeypatch):
+def pinned(monkeypatch):
     monkeypatch.setattr(moco, "ThreadPoolExecutor", no_threads)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: tensors.append(x) or x)
+    return (tensors := [])
 
 
 CUDA_BF16 = partial(torch.autocast, "cuda", torch.bfloat16, enabled=True)
@@ -1072,9 +1071,10 @@ class TestCuda:
             assert there.device.type == device
             close(there.cpu(), here, atol=1e-8, rtol=1e-6)
 
-    @pytest.mark.usefixtures("fake_threads")
     @pytest.mark.parametrize("options", [{"symmetric": True}, *({"method": name} for name in METHODS[1:])])
-    def test_a_training_step_leaves_no_tensor_on_the_cpu_and_never_waits(self, few, tmp_path, monkeypatch, options):
+    def test_a_training_step_leaves_no_tensor_on_the_cpu_and_never_waits(
+        self, few, tmp_path, monkeypatch, pinned, options
+    ):
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), arch="resnet10", aug="v2", **options))
         group = run.optimizer.param_groups[0]
 
@@ -1103,8 +1103,9 @@ class TestCuda:
         assert {x.device.type for x in (images, run.losses, *run.model.buffers(), *state)} == {"cuda"}
         assert run.losses.dtype == torch.float32
         assert watch.reads == 0
+        assert len(pinned) == 1  # else the copy of a file's images waits
 
-    @pytest.mark.usefixtures("fake_threads")
+    @pytest.mark.usefixtures("pinned")
     @pytest.mark.parametrize("of_files", [False, True])
     def test_evaluation_and_pictures_mix_no_devices(self, image_folder, monkeypatch, of_files):
         config = tiny_config(data=str(image_folder), workers=0, knn_k=3)
@@ -2300,11 +2301,10 @@ class TestCommandLine:
         assert first == f"{folder}: 20 images to train on in train/, 8 to test on in val/; cpu, fp32"
         numbers = r"epoch 1  loss ([\d.]+)  lr 0\.06  (knn .+)  images_per_s [\d.]+  seconds [\d.]+  minutes_left 0"
         loss, top1 = re.fullmatch(numbers, epoch).groups()
-        top1 = top1.removeprefix("knn ")
         close(float(loss), moco.load_checkpoint("c c.pt")["rows"][0]["loss"], rtol=1e-4)
         assert moco.describe(dict(loss=1.234567, knn=None)) == "loss 1.2346"  # a value that there is not, is not shown
         assert run("knn", "c c.pt", "--device=cpu")[1].startswith(
-            f"classifier knn  top1 {top1}  checkpoint c c.pt  epoch 1  "
+            f"classifier knn  top1 {top1.removeprefix('knn ')}  checkpoint c c.pt  epoch 1  "
         )
 
     @pytest.mark.parametrize("k, neighbors, noticed", [(40, 20, False), (41, 20, True), (40, 21, True)])
