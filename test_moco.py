@@ -1537,7 +1537,7 @@ BROKEN = {  # how to write the file, or what to change in its content, and words
     "a pickle": (lambda checkpoint, path: path.write_bytes(pickle.dumps(Code())), "UnpicklingError"),
     "a class": (dict(optimizer=Code()), "getattr"),
     "no epoch": (dict(epoch=...), "not a checkpoint (KeyError: 'epoch')"),
-    "options that are none": (dict(config=5), "not a checkpoint (TypeError"),
+    "an option of another kind": (dict(config=dict(lr="fast")), "not a checkpoint (ValueError"),
     "another arch": (dict(arch="vgg"), "encoder_q is not one of resnet10"),
     "weights that are numbered": (dict(state_dict=lambda weights: {5: torch.ones(1)}), "(KeyError: 'conv1.weight')"),
     "a stem of one dimension": (dict(state_dict={STEM: torch.ones(3)}), "encoder_q is not one of resnet10"),
