@@ -6,7 +6,7 @@
 """Momentum Contrast (MoCo) in one file: the method first, then what trains and evaluates it.
 
 Result: 66.9 % kNN and 68.9 % linear accuracy on CIFAR-10 after 100 epochs (one seed), by a ResNet-10 of a quarter of
-the width on two cores of an AMD EPYC without bf16, torch 2.14.1, in 100 to 146 minutes. See the README for the command.
+the width on two cores of an AMD EPYC without bf16, torch 2.14.1, in 146 minutes. See the README for the command.
 
 MoCo v1: He et al., arXiv 1911.05722; v2: Chen et al., arXiv 2003.04297. One training step:
 
@@ -690,7 +690,7 @@ class Config:
             raise UserError(f"--symmetric: not with --method {self.method}; give --no-symmetric")
         if splits % world_size():
             raise UserError(f"--bn-splits {splits}: must be a multiple of the {world_size()} processes")
-        if self.batch_size % splits or self.batch_size == splits:
+        if self.batch_size % splits or self.batch_size < 2 * splits:
             rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
         smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
