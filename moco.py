@@ -420,11 +420,6 @@ def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     return separable(x, rows, columns)
 
 
-def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
-    """Return factor·x + (1−factor)·reference, clamped to [0,1]."""
-    return torch.lerp(reference, x, factor).clamp_(0, 1)
-
-
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Add `turn` (N,1,1,1), in turns of the color circle, to HSV's hue. A channel is then value − chroma·clamp(2 −
     |6·frac(hue + offset) − 2|, 0, 1), its offset 5/6 for red, 3/6 green, 1/6 blue."""
@@ -450,14 +445,14 @@ def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] =
     turns, by separate draws per image. Their order is drawn once per batch; torchvision draws it per image."""
     for i in torch.randperm(4, generator=generator).tolist():
         factor = 1 + strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
-        if i == 0:
-            x = (x * factor).clamp_(0, 1)
-        elif i == 1:
-            x = blend(x, tvf.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), factor)
-        elif i == 2:
-            x = blend(x, tvf.rgb_to_grayscale(x), factor)
-        else:
+        if i == 3:
             x = shift_hue(x, factor - 1)
+            continue
+        # What a factor of 0 leads to: black, the mean luma, or the luma.
+        reference = tvf.rgb_to_grayscale(x) if i > 0 else x.new_zeros(1)
+        if i == 1:
+            reference = reference.mean((1, 2, 3), keepdim=True)
+        x = torch.lerp(reference, x, factor).clamp_(0, 1)
     return x
 
 
@@ -646,7 +641,7 @@ class Config:
     moco_k: int = option(4096, "K, keys in the queue; smaller if the images are few", 1)
     moco_m: float = option(0.99, "m, momentum of the key encoder; larger for a longer queue", 0, 1)
     moco_t: float = option(0.1, "T, temperature of the loss", 1e-3)
-    symmetric: bool = option(False, "query with both views and add the two losses")
+    symmetric: bool = option(False, "with --method moco: query with both views, add the two losses")
     seed: int = option(0, "seed of weights, order, views and shuffles", 0)
     arch: Literal[tuple(ARCHS)] = option("resnet18", "backbone")
     stem: Literal[tuple(STEMS)] = option("cifar", "3x3, or 7x7 with stride 2 and max-pool")
@@ -686,8 +681,6 @@ class Config:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         splits = self.bn_splits
-        if self.symmetric and self.method != "moco":
-            raise UserError(f"--symmetric: not with --method {self.method}; give --no-symmetric")
         if splits % world_size():
             raise UserError(f"--bn-splits {splits}: must be a multiple of the {world_size()} processes")
         if self.batch_size % splits or self.batch_size < 2 * splits:
@@ -867,8 +860,7 @@ def number_classes(train: list, test: list) -> dict:
 
 
 def load_folder(config: Config, device: torch.device) -> Data:
-    """Find train/CLASS/* and a test split beside it; any other tree of images has no labels. Raises UserError for a
-    folder without images."""
+    """Find train/CLASS/* and a test split beside it; other trees have no labels. Raises UserError without images."""
     root = config.data
     found = find_images(root) if os.path.isdir(root) else []
     if not found:
@@ -912,27 +904,26 @@ def read_small(files: Files) -> InMemory | Files:
 
 
 def shapes(train: bool) -> tuple:
-    """Draw 6,000 images uint8 (M,3,32,32) to train on, or 2,000 to test on, and labels (M,): five textures, coarse or
-    fine, of any angle, place and shade."""
+    """Draw 6,000 images uint8 (M,3,32,32), or 2,000 to test on, and labels (M,): five textures, coarse or fine."""
     n = 6_000 if train else 2_000
-    generator = rng("shapes", train)
-    angle, start_a, start_b = 2 * math.pi * torch.rand(3, n, 1, 1, generator=generator)
-    pitch, light = torch.rand(2, n, 1, 1, generator=generator)
-    tints = torch.rand(2, n, 3, 1, 1, generator=generator)
-    noise = torch.randn(n, 3, 32, 32, generator=generator)
+    draw = partial(torch.rand, generator=rng("shapes", train))
     labels = torch.arange(n) % 10
-    frequency = torch.tensor([6, 13])[labels // 5, None, None] * (0.8 + 0.45 * pitch)  # per half side
-    x = (torch.arange(32) + 0.5) / 16 - 1
+    angle, start_a, start_b = 2 * math.pi * draw(3, n, 1, 1)
+    pitch = torch.tensor([6, 13])[labels // 5, None, None]  # radians per half side
+    pitch = pitch * (0.8 + 0.4 * draw(n, 1, 1))
+    x = torch.linspace(-1, 1, 32)
     y = x[:, None]
-    a = frequency * (x * angle.cos() + y * angle.sin()) + start_a
-    b = frequency * (y * angle.cos() - x * angle.sin()) + start_b
-    dots = a.cos() + b.cos() - 0.5
-    grid = torch.maximum(a.sin(), b.sin()) - 0.8
+    a = pitch * (x * angle.cos() + y * angle.sin()) + start_a
+    b = pitch * (y * angle.cos() - x * angle.sin()) + start_b
+    checks = a.sin() * b.sin()
+    grid = torch.maximum(a.sin(), b.sin()) - 0.5
+    zigzag = (a + 2 * b.sin()).sin()
     waves = (a + 2 * (b / 2).sin()).sin()
-    textures = torch.stack([a.sin(), a.sin() * b.sin(), dots, grid, waves])
-    ink = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)[:, None]
-    shades = [(light[:, None] + i / 3) % 1 + 0.2 * tints[i] - 0.1 for i in range(2)]
-    images = torch.lerp(*shades, ink) + 0.1 * noise
+    textures = torch.stack([a.sin(), checks, grid, zigzag, waves])
+    ink = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)
+    light = draw(n, 1, 1, 1)
+    dark = (light + 1 / 3) % 1
+    images = torch.lerp(dark, light, ink[:, None]) + 0.3 * draw(n, 3, 32, 32)
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
@@ -1004,8 +995,7 @@ def write_file(path: str, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror}); the old file, if any, is kept") from error
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)  # it is gone if all went well
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
@@ -1063,10 +1053,9 @@ def load_checkpoint(path: str) -> dict:
     return checkpoint
 
 
-def load_encoder(checkpoint: dict, path: str, head: bool = False) -> ResNetEncoder:
-    """Rebuild a checkpoint's query encoder for evaluation; without `head`, fc is the identity. Stem, width and head
-    are read off the weights, whose prefixes `module.` and `_orig_mod.` (of torch.compile) are optional. Raises
-    UserError if they are not those of a ResNetEncoder."""
+def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
+    """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights, whose prefixes
+    `module.` and `_orig_mod.` (of torch.compile) are optional. Raises UserError if they fit no ResNetEncoder."""
     weights = {}
     try:
         for name, x in checkpoint["state_dict"].items():
@@ -1083,8 +1072,6 @@ def load_encoder(checkpoint: dict, path: str, head: bool = False) -> ResNetEncod
         encoder.load_state_dict(weights, assign=True)
     except Exception as error:  # damaged bytes can cause any
         raise UserError(f"{path}: encoder_q is not one of {', '.join(ARCHS)} ({cause_of(error)})") from error
-    if not head:
-        encoder.fc = nn.Identity()
     return encoder.eval()
 
 
@@ -1318,9 +1305,8 @@ class Run:
         self.average_statistics()
         checkpoint = self.checkpoint()
         if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
-            epoch = self.step / self.steps_per_epoch
             advice = "use a lower --lr or --precision fp32, from the start or with --resume"
-            raise UserError(f"loss or weights are not finite in epoch {epoch:.2f}; {advice}")
+            raise UserError(f"loss or weights are not finite after step {self.step}; {advice}")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
@@ -1402,8 +1388,6 @@ def show_progress(run: Run, rows: Iterator) -> None:
         task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
         for row in rows:
             bar.update(task, completed=run.step)
-            if run.step % 10 == 1 and not quiet:  # not always: reading the loss waits for the device
-                bar.update(task, description=f"loss {run.losses[run.step % run.steps_per_epoch - 1]:.3f}")
             if row:
                 left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
                 say(dumps(row) if as_json else describe(row | {"minutes_left": left}))
@@ -1433,7 +1417,7 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     config = Config.from_preset(**checkpoint["config"] | options)
-    encoder = load_encoder(checkpoint, path, config.head)
+    encoder = load_encoder(checkpoint, path)
     device, autocast = pick_device(config)
     config = replace(config, device=device.type, precision=precision_of(autocast))
     encoder.to(device, memory_format=torch.channels_last)
@@ -1470,7 +1454,9 @@ def linear(checkpoint: CheckpointPath, **options: Any) -> dict:
 def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
     check_out(output, options.get("overwrite"))
-    save_checkpoint(output, load_encoder(load_checkpoint(checkpoint), checkpoint).state_dict())
+    encoder = load_encoder(load_checkpoint(checkpoint), checkpoint)
+    encoder.fc = nn.Identity()
+    save_checkpoint(output, encoder.state_dict())
     say(f"wrote {output}")
 
 
@@ -1509,7 +1495,7 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast))
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    features = bank if data.test is None else extract_features(encoder, queries, config, autocast)
+    features = extract_features(encoder, queries, config, autocast)
     # The lengths of the features do not change the order.
     nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
     crop = Augment(config.aug, config.size).evaluation_view
@@ -1523,10 +1509,7 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command as on the command line. Raises SystemExit unless all went well; what a user can correct costs a
-    line on stderr and exit status 2."""
-    with contextlib.suppress(AttributeError):  # a notebook's stdout has no encoding
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal lacks
+    """Run a command line. Raises SystemExit unless all went well; a user's mistake costs a line and status 2."""
     try:
         app(args=argv)
     except SystemExit as end:
