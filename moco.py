@@ -142,7 +142,7 @@ def embed(encoder: nn.Module, x: Tensor) -> Tensor:
 
 def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None) -> Tensor:
     """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), in the views' order, computed in a random one: ShuffleBN,
-    1911.05722, section 3.3. Otherwise BatchNorm statistics that a query and its key share would reveal the match."""
+    1911.05722, section 3.3. Else a query and its key share BatchNorm statistics, which reveal the match."""
     if generator is None and world_size() > 1:
         raise ValueError("several processes need a generator, with the same seed in each")
     im_k = all_gather(im_k)
@@ -178,7 +178,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def momentum_update(self) -> None:
-        """Move the key encoder, eq. 2: θ_k ← m·θ_k + (1−m)·θ_q, of parameters, not of buffers."""
+        """Move the key encoder, eq. 2: θ_k ← m·θ_k + (1−m)·θ_q, parameters but not buffers."""
         theta_k = list(self.encoder_k.parameters())
         theta_q = list(self.encoder_q.parameters())
         torch._foreach_lerp_(theta_k, theta_q, 1 - self.m)  # one kernel launch for all, not one for each
@@ -269,7 +269,7 @@ class SimCLR(EndToEnd):
         z_k = embed(self.encoder_q, im_k)
         all_q = all_gather(z_q)
         all_k = all_gather(z_k)
-        # (2N,2·P·N): a query's own view and its key, the other view, are not negatives.
+        # (2N,2·P·N): neither a query itself nor its key is a negative.
         ignore = positive_mask(all_q).repeat(2, 2)
         negatives = torch.cat([all_q, all_k]).T
         return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), negatives, self.T, ignore)
@@ -396,7 +396,7 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
 
 def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     """Return matrices (N,size,pixels) that resize [start, start+length) of a line of pixels. start, length (N,1,1).
-    Bilinear with antialiasing: triangular weights, of half-width one pixel of the input or output, the larger one."""
+    Bilinear with antialiasing: triangular weights; half-width: one input or output pixel, the larger."""
     pixel = torch.arange(pixels, device=start.device) + 0.5
     pitch = length / size
     center = start + pitch * (torch.arange(size, device=start.device)[:, None] + 0.5)
@@ -406,7 +406,7 @@ def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tens
 
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the matrices rows (N,S,H) · x (N,3,H,W) · columnsᵀ (N,W,S) per channel: (N,3,S,S), in the dtype of x."""
+    """Return rows (N,S,H) · x (N,3,H,W) · columnsᵀ (N,W,S) per channel: (N,3,S,S), in the dtype of x."""
     with torch.autocast(x.device.type, enabled=False):
         x = x.flatten(1, 2) @ columns.mT.to(x)  # all channels in one product: faster than one each
         return rows[:, None].to(x) @ x.unflatten(1, (3, -1))
@@ -441,14 +441,14 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1)) -> Tensor:
-    """Scale brightness, contrast and saturation by uniform factors in 1 ± strength, shift the hue by up to ± strength
-    turns, by separate draws per image. Their order is drawn once per batch; torchvision draws it per image."""
+    """Scale brightness, contrast and saturation by factors uniform in 1 ± strength, shift the hue by up to ± strength
+    turns, drawn per image. The order of the four is drawn per batch; in torchvision, per image."""
     for i in torch.randperm(4, generator=generator).tolist():
         factor = 1 + strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
         if i == 3:
             x = shift_hue(x, factor - 1)
             continue
-        # What a factor of 0 leads to: black, the mean luma, or the luma.
+        # A factor of 0 gives black, the mean luma, or the luma.
         reference = tvf.rgb_to_grayscale(x) if i > 0 else x.new_zeros(1)
         if i == 1:
             reference = reference.mean((1, 2, 3), keepdim=True)
@@ -585,7 +585,7 @@ def train_step(
 # ─────────────────────────────────────────── Evaluation ───────────────────────────────────────────
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
     """Return labels (N,) int64 by weighted kNN: the k nearest of bank (M,D) vote, 1805.01978. A neighbor at cosine
-    similarity s has exp(s/T) votes; if M < k, all vote. 128 MiB at a time. Raises ValueError if k or M is 0."""
+    similarity s has exp(s/T) votes; if M < k, all vote. Similarities take 128 MiB. Raises ValueError if k or M is 0."""
     if min(k, len(bank)) < 1:
         raise ValueError(f"k = {k} of {len(bank)}: at least one neighbor must vote")
     scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: normalizing the bank would copy it
@@ -594,15 +594,14 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
         similarity = (chunk @ bank.T).mul_(scale)  # (n,M)
         similarity, neighbors = similarity.topk(min(k, len(bank)))  # (n,k)
         weights = (similarity / T).softmax(1)  # exp(s/T) up to a factor per query: softmax cannot overflow
-        votes = weights.new_zeros(len(chunk), classes)
-        votes.scatter_add_(1, bank_labels[neighbors], weights)
+        votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, bank_labels[neighbors], weights)
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
     """Return a frozen layer that minimizes cross-entropy + decay/2·‖W‖² of features (M,D) with mean 0 and std 1, labels
-    (M,). The loss is convex: L-BFGS needs no learning rate; 1911.05722, section 4.1, trains by SGD at one of 30."""
+    (M,). The loss is convex: L-BFGS needs no learning rate; in 1911.05722, section 4.1, SGD's is 30."""
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     parameters = [nn.init.zeros_(x) for x in linear.parameters()]
     optimizer = torch.optim.LBFGS(parameters, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-7)
@@ -628,6 +627,7 @@ class UserError(ValueError):
 
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
     """Declare an option and its --help; Typer refuses a number that is not from low to high."""
+    high = None if low is None else high
     return field(default=default, metadata={"typer": typer.Option(help=text, min=low, max=high)})
 
 
@@ -681,8 +681,6 @@ class Config:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         splits = self.bn_splits
-        if splits % world_size():
-            raise UserError(f"--bn-splits {splits}: must be a multiple of the {world_size()} processes")
         if self.batch_size % splits or self.batch_size < 2 * splits:
             rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
@@ -746,7 +744,7 @@ class Files:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
-        # torch's own threads, one team for each of these, would be too many.
+        # Else torch starts a team of threads for each of these.
         pool = ThreadPoolExecutor(max(1, self.workers), initializer=torch.set_num_threads, initargs=(1,))
         submitted = (pool.submit(read, *batch) for batch in plan)
         ahead = list(itertools.islice(submitted, 1 + self.workers))
@@ -795,7 +793,7 @@ def load_data(config: Config, device: torch.device) -> Data:
         return load_folder(config, device)
     read = shapes if config.data == "shapes" else partial(cifar, config)
     train, test = (InMemory(images.to(device), labels) for images, labels in (read(True), read(False)))
-    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", fingerprint=config.data)
+    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
 
 
 def cifar(config: Config, train: bool) -> tuple:
@@ -820,12 +818,12 @@ def find_images(root: str) -> list[str]:
     folders = [os.path.join(root, "")]
     # Links can form loops: no folder is read twice, and none above root.
     visited = set(Path(root).resolve().parents)
-    for folder in folders:  # breadth first, as the list grows: a folder is found before a deeper link to it
+    for folder in folders:  # breadth first, as the list grows, and links last: a folder is found before a link to it
         place = Path(folder).resolve()
         if place in visited:
             continue
         visited.add(place)
-        for entry in sorted(os.scandir(folder), key=os.fspath):
+        for entry in sorted(os.scandir(folder), key=lambda x: (x.is_symlink(), x.path)):
             if entry.name[0] == ".":
                 continue
             if entry.is_dir():
@@ -909,21 +907,20 @@ def shapes(train: bool) -> tuple:
     draw = partial(torch.rand, generator=rng("shapes", train))
     labels = torch.arange(n) % 10
     angle, start_a, start_b = 2 * math.pi * draw(3, n, 1, 1)
-    pitch = torch.tensor([6, 13])[labels // 5, None, None]  # radians per half side
-    pitch = pitch * (0.8 + 0.4 * draw(n, 1, 1))
+    pitch = torch.tensor([6, 13])[labels // 5, None, None] * (0.85 + 0.3 * draw(n, 1, 1))  # radians per half side
     x = torch.linspace(-1, 1, 32)
     y = x[:, None]
     a = pitch * (x * angle.cos() + y * angle.sin()) + start_a
     b = pitch * (y * angle.cos() - x * angle.sin()) + start_b
     checks = a.sin() * b.sin()
-    grid = torch.maximum(a.sin(), b.sin()) - 0.5
-    zigzag = (a + 2 * b.sin()).sin()
+    dots = a.cos() + b.cos() - 0.5
+    grid = torch.maximum(a.sin(), b.sin()) - 0.8
     waves = (a + 2 * (b / 2).sin()).sin()
-    textures = torch.stack([a.sin(), checks, grid, zigzag, waves])
-    ink = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)
-    light = draw(n, 1, 1, 1)
-    dark = (light + 1 / 3) % 1
-    images = torch.lerp(dark, light, ink[:, None]) + 0.3 * draw(n, 3, 32, 32)
+    textures = torch.stack([a.sin(), checks, dots, grid, waves])
+    mix = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)
+    gray = draw(n, 1, 1, 1)
+    other = (gray + 1 / 3) % 1
+    images = torch.lerp(other, gray, mix[:, None]) + 0.3 * draw(n, 3, 32, 32)
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
@@ -995,7 +992,8 @@ def write_file(path: str, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror}); the old file, if any, is kept") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)  # it is gone if all went well
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            os.remove(temporary)
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
@@ -1034,7 +1032,7 @@ def check_tensors(tensors: dict, expected: dict) -> None:
 
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" has the options
-    that a checkpoint decides. Raises OSError, or UserError for a file that is damaged or no checkpoint."""
+    that a checkpoint decides. Raises UserError for a file that is missing, damaged or no checkpoint."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
@@ -1047,7 +1045,7 @@ def load_checkpoint(path: str) -> dict:
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
-        Config.from_preset(**checkpoint["config"])  # raises if they fit none
+        Config.from_preset(**checkpoint["config"])  # raises if they do not fit
     except Exception as error:  # damaged bytes can cause any
         raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
@@ -1145,8 +1143,8 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, config: Config) -> tuple:
-    """Return what crops images as they are read, and what makes two views of a batch. Files are cropped at their own
-    resolution; images in memory only by the second."""
+    """Return two functions: to crop images as they are read, and to make two views of a batch. In memory, the first
+    does nothing."""
     two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
@@ -1163,7 +1161,9 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.device, self.autocast = pick_device(config)
-        self.config = replace(config)  # checks again, now that world_size() is known
+        self.config = config
+        if config.bn_splits % world_size():
+            raise UserError(f"--bn-splits {config.bn_splits}: must be a multiple of the {world_size()} processes")
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
         for path in (config.out, self.csv_path):
@@ -1238,7 +1238,7 @@ class Run:
         UserError for an unreadable image, a loss that is not finite, a full disk."""
         if len(self.rows) == self.config.epochs:
             return  # a complete run is left as it is
-        self.save()  # fails now, not after an epoch, if the disk does
+        self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         with contextlib.suppress(Stopped):
             if row := self.end_epoch(stop):  # the run was stopped during kNN: finish that epoch first
@@ -1289,7 +1289,7 @@ class Run:
         return row
 
     def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether `flag` is true on any rank. Several ranks ask every so many steps, else get False."""
+        """Return whether `flag` is true on any rank. Several ranks ask every `every` steps, else get False."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
@@ -1305,13 +1305,12 @@ class Run:
         self.average_statistics()
         checkpoint = self.checkpoint()
         if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
-            advice = "use a lower --lr or --precision fp32, from the start or with --resume"
-            raise UserError(f"loss or weights are not finite after step {self.step}; {advice}")
+            raise UserError(f"loss or weights are not finite after step {self.step}; use a lower --lr or fp32")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
-            write_file(self.csv_path, table.getvalue().encode())  # after the checkpoint: it is never ahead of it
+            write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
         self.agree(False, every=1)  # no rank goes on, and reads the file, before it is there
         self.saved_at = time.monotonic()
 
@@ -1350,7 +1349,7 @@ SIGNALS = "SIGINT SIGTERM SIGHUP SIGUSR1".split()
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
-    """Yield a list of the signals received, for the caller to act on. The handlers of before act on a second one; with
+    """Yield a list of the signals received, for the caller to act on. A second one meets the earlier handlers; with
     several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
     received = []
 
@@ -1359,7 +1358,7 @@ def catch_signals() -> Iterator:
         if world_size() == 1:
             restore.close()
 
-    with contextlib.ExitStack() as restore:  # which puts the handlers of before back
+    with contextlib.ExitStack() as restore:  # puts the earlier handlers back
         with contextlib.suppress(ValueError):  # outside the main thread
             for number in signal.Signals:
                 if number.name in SIGNALS and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
@@ -1384,7 +1383,7 @@ def show_progress(run: Run, rows: Iterator) -> None:
     """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
     as_json = run.config.json
     quiet = as_json or rank() > 0 or not sys.stdout.isatty()
-    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # else slow steps have no time left
+    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # inf: slow steps, too, get an estimate
         task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
         for row in rows:
             bar.update(task, completed=run.step)
@@ -1408,8 +1407,7 @@ def train(**options: Any) -> list:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
         say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
-        number = received[0] if received else signal.SIGTERM  # another rank received it
-        sys.exit(128 + number)
+        sys.exit(128 + (received[0] if received else signal.SIGTERM))  # else another rank received it
     return run.rows
 
 
@@ -1472,8 +1470,8 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
 
 @command("preset data root size aug seed overwrite", Config)
 def views(output: OutputPath, **options: Any) -> None:
-    """Draw eight images, then the two views of each of four steps."""
-    config = Config.from_preset(**options, workers=0)
+    """Draw eight images, each beside its two views in four steps."""
+    config = Config.from_preset(**options)
     check_out(output, config.overwrite)
     train = load_data(config, torch.device("cpu")).train
     augment = Augment(config.aug, config.size)
