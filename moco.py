@@ -449,10 +449,10 @@ def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] =
             x = shift_hue(x, factor - 1)
             continue
         # A factor of 0 gives black, the mean luma, or the luma.
-        reference = tvf.rgb_to_grayscale(x) if i > 0 else x.new_zeros(1)
+        reference = tvf.rgb_to_grayscale(x) if i > 0 else 0
         if i == 1:
             reference = reference.mean((1, 2, 3), keepdim=True)
-        x = torch.lerp(reference, x, factor).clamp_(0, 1)
+        x = (x - reference).mul_(factor).add_(reference).clamp_(0, 1)  # lerp is slow at a mean, (N,1,1,1)
     return x
 
 
