@@ -2402,6 +2402,7 @@ class TestCommandLine:
         helps = [run(command, "--help")[1] for command in ("train", "knn", "linear", "neighbors")]
         assert ["default:" in text for text in helps] == [True, False, False, False]  # those of the checkpoint count
         assert {flag(name) for name in moco.HINTS} <= set(helps[0].split())
+        assert not re.search(r"--(data|out|root) .*<=", "".join(helps))  # a path has no upper limit
 
     def test_processes_that_know_their_ranks_train_together_and_rank_0_prints_and_writes(self, few, tmp_path):
         def work(rank):
