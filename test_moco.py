@@ -2231,11 +2231,11 @@ def tiles(path, size):
     return picture.unfold(1, size, size + 2).unfold(2, size, size + 2).movedim(0, 2)
 
 
-def draw_gray(folder, levels, growth):
+def draw_gray(folder, levels, growth, offset=0):
     """Write an image for each gray level, each wider than the one before."""
     folder.mkdir(parents=True)
     for i, level in enumerate(levels):
-        PIL.Image.new("RGB", (30 + growth * i, 30), (level,) * 3).save(folder / f"{level}.png")
+        PIL.Image.new("RGB", (30 + growth * i, 30), (level,) * 3).save(folder / f"{abs(offset - level)}.png")
 
 
 class TestPictures:
@@ -2256,9 +2256,9 @@ class TestPictures:
     def test_neighbors_draws_the_nearest_images_faded_if_of_another_class(self, run, unusual, tmp_path, data, labeled):
         torch.save(unusual, "c.pt")
         levels = list(range(10, 250, 24))
-        for split in ("train", "val"):
-            draw_gray(tmp_path / "gray" / split / "dark", levels[:5], 1)
-            draw_gray(tmp_path / "gray" / split / "light", levels[5:], 1)
+        for split, offset in (("train", 0), ("val", 999)):  # so that equal images have other numbers
+            draw_gray(tmp_path / "gray" / split / "dark", levels[:5], 1, offset)
+            draw_gray(tmp_path / "gray" / split / "light", levels[5:], 1, offset)
         drawn = []
         for seed in ("", "--seed=7", "--seed=0"):
             assert run(*f"neighbors c.pt x --data={data} --device=cpu --workers=0 --overwrite {seed}".split())[0] == 0
