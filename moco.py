@@ -452,7 +452,7 @@ def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] =
         reference = tvf.rgb_to_grayscale(x) if i > 0 else 0
         if i == 1:
             reference = reference.mean((1, 2, 3), keepdim=True)
-        x = (x - reference).mul_(factor).add_(reference).clamp_(0, 1)  # lerp is slow at a mean, (N,1,1,1)
+        x = (x - reference).mul_(factor).add_(reference).clamp_(0, 1)  # torch.lerp is slow from (N,1,1,1)
     return x
 
 
@@ -627,7 +627,7 @@ class UserError(ValueError):
 
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
     """Declare an option and its --help; Typer refuses a number that is not from low to high."""
-    high = None if low is None else high
+    high = None if low is None else high  # else --help would show a limit for text
     return field(default=default, metadata={"typer": typer.Option(help=text, min=low, max=high)})
 
 
@@ -1305,7 +1305,7 @@ class Run:
         self.average_statistics()
         checkpoint = self.checkpoint()
         if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
-            raise UserError(f"loss or weights are not finite after step {self.step}; use a lower --lr or fp32")
+            raise UserError(f"loss or weights not finite after step {self.step}; use a lower --lr or --precision fp32")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
