@@ -520,10 +520,10 @@ class Augment:
         return self.augment_crops(crops, generator)
 
     def augment_crops(self, x: Tensor, generator: Generator) -> Tensor:
-        """Apply the recipe's transforms at random to crops (N,3,S,S) in [0,1], and normalize."""
+        """Apply the recipe's transforms at random to crops (N,3,S,S) in [0,1], which are overwritten, and normalize."""
         for probability, transform in self.recipe.transforms:
             chosen = uniform(generator, len(x), 1, 1, 1, device=x.device) < probability
-            x = torch.lerp(x, transform(x, generator), chosen.to(x))  # a gray channel broadcasts
+            x = x.lerp_(transform(x, generator), chosen.to(x))  # a gray channel broadcasts
         return self.normalize(x)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -647,7 +647,7 @@ class Config:
     stem: Literal[tuple(STEMS)] = option("cifar", "3x3, or 7x7 with stride 2 and max-pool")
     width: float = option(1.0, "factor on all channels", 1 / 8, 16)
     mlp: bool = option(True, "2-layer head (v2), else a linear one (v1)")
-    bn_splits: int = option(8, "groups that BatchNorm normalizes separately (simulated GPUs)", 1)
+    bn_splits: int = option(8, "groups that BatchNorm normalizes separately (simulated GPUs); 1 for simclr", 1)
     aug: Literal[tuple(RECIPES)] = option("cifar", "recipe of the views")
     size: int = option(32, "side of a view in pixels", 1)
     batch_size: int = option(512, "images per step, of all processes", 2)
@@ -667,7 +667,7 @@ class Config:
     overwrite: bool = option(False, "replace files that exist")
     save_seconds: float = option(300.0, "seconds between saves within an epoch", 0)
     root: str = option("data", "folder for the downloads of cifar10 and cifar100")
-    workers: int = option(2, "threads per process that read a folder's images", 0)
+    workers: int = option(2, "threads per process that read a folder's images", 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     compile: bool = option(False, "torch.compile the encoders")
     json: bool = option(False, "print JSON objects, one per line")
@@ -745,7 +745,7 @@ class Files:
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
         # Else torch starts a team of threads for each of these.
-        pool = ThreadPoolExecutor(max(1, self.workers), initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         submitted = (pool.submit(read, *batch) for batch in plan)
         ahead = list(itertools.islice(submitted, 1 + self.workers))
         try:
@@ -1253,6 +1253,8 @@ class Run:
                 if self.agree(late) or row:
                     self.save()
                 yield row
+            else:
+                return  # complete, and saved with its last epoch
         self.save()
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
@@ -1488,8 +1490,8 @@ def views(output: OutputPath, **options: Any) -> None:
 def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
     split, the queries are training images, each its own nearest."""
+    check_out(output, options.get("overwrite"))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
-    check_out(output, config.overwrite)
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast))
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]

@@ -1094,7 +1094,7 @@ class TestCuda:
             for images, indices in data.batches([(0, torch.arange(8))], run.crop):
                 run.take_step(images, indices)
             run.two_views = run.two_views.from_crops
-            files = moco.Files(8 * ["0.png"], None, torch.device("cuda"), workers=0)
+            files = moco.Files(8 * ["0.png"], None, torch.device("cuda"), workers=1)
             monkeypatch.setattr(moco, "read_image", lambda path: torch.empty(2, 3, 32, 32, dtype=torch.uint8))
             for pairs, indices in files.batches([(0, torch.arange(8))], lambda image, *_: image):
                 run.take_step(pairs, indices)
@@ -1107,7 +1107,7 @@ class TestCuda:
     @pytest.mark.usefixtures("pinned")
     @pytest.mark.parametrize("of_files", [False, True])
     def test_evaluation_and_pictures_mix_no_devices(self, image_folder, monkeypatch, of_files):
-        config = tiny_config(data=str(image_folder), workers=0, knn_k=3)
+        config = tiny_config(data=str(image_folder), workers=1, knn_k=3)
         data = moco.load_data(config, CPU)
         encoder = ResNetEncoder("resnet10", dim=4, width=0.125)
         loaded = encoder, data, config, CUDA_BF16, 0
@@ -1187,7 +1187,7 @@ def place_images(top, files):
             PIL.Image.new("RGB", (12, 10), (i, 0, 0)).save(path)
 
 
-def load_folder(top, in_memory=False, workers=0, device=CPU):
+def load_folder(top, in_memory=False, workers=1, device=CPU):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moco, "MEMORY", moco.MEMORY if in_memory else 0)
         return moco.load_data(tiny_config(data=str(top), workers=workers), device)
@@ -1357,15 +1357,14 @@ class TestData:
         PIL.Image.new("P", (8, 6)).save(path, "png", transparency=b"\1")  # of which Pillow warns
         assert moco.read_image(str(path)).shape == (3, 6, 8)
 
-    @pytest.mark.parametrize("workers", [0, 1])
     @pytest.mark.parametrize("change, cause", [
         (lambda path: path.write_bytes(b"no image"), "cannot identify image file"),
         (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "cannot identify"),
         (lambda path: path.write_bytes(b"P6 10000 10000 255\n"), "exceeds limit"),
         (lambda path: os.truncate(path, 900), "image file is truncated"), (os.remove, "No such file or directory"),
     ])  # fmt: skip
-    def test_a_file_that_cannot_be_read_is_named_once_with_its_cause(self, folder, workers, change, cause):
-        data = load_folder(folder, workers=workers)
+    def test_a_file_that_cannot_be_read_is_named_once_with_its_cause(self, folder, change, cause):
+        data = load_folder(folder)
         bad = folder / "train" / "dark" / "0.png"
         change(bad)
         advice = "replace the image, or remove it and start again: --resume needs the same images"
@@ -1384,12 +1383,12 @@ class TestData:
         assert isinstance(held, moco.InMemory) == (size == (12, 10) and not missing)
         assert not isinstance(held, moco.InMemory) or held.images.is_meta
 
-    @pytest.mark.parametrize("workers", [0, 1, 3])
+    @pytest.mark.parametrize("workers", [1, 3])
     def test_as_many_threads_as_workers_read_at_once_a_few_batches_ahead(self, image_folder, monkeypatch, workers):
         monkeypatch.setattr(torch, "set_num_threads", set_by := Mock())
         files = load_folder(image_folder, workers=workers).train
         planned = [(0, torch.tensor([i, i + 1])) for i in range(12)]
-        meeting = threading.Barrier(max(1, workers), timeout=60)  # of as many threads at once
+        meeting = threading.Barrier(workers, timeout=60)  # of as many threads at once
         begun = []
 
         def crop(image, epoch, index):
@@ -1401,7 +1400,7 @@ class TestData:
             loaded.append((images.flatten().tolist(), indices.tolist()))
             assert len(begun) == min(12, len(loaded) + 1 + workers)
         assert loaded == [([i, i + 1], [i, i + 1]) for i in range(12)]
-        assert set_by.call_args_list == max(1, workers) * [((1,),)]  # in each: torch has threads of its own
+        assert set_by.call_args_list == workers * [((1,),)]  # in each: torch has threads of its own
         assert not [x for x in threading.enumerate() if x.name.startswith("ThreadPool")]
 
 
@@ -1672,7 +1671,7 @@ class TestCheckpoints:
 
 def config_of(images, out, **options):
     """Configure a run on 20 images for two epochs of five steps, which saves after each."""
-    base = dict(arch="resnet10", size=16, batch_size=4, workers=0, knn_every=1, save_seconds=0)
+    base = dict(arch="resnet10", size=16, batch_size=4, workers=1, knn_every=1, save_seconds=0)
     return tiny_config(**{**base, "data": str(images), "out": str(out), **options})
 
 
@@ -1911,11 +1910,11 @@ def train_and_signal(folder, config, number, count):
 
 
 class TestNeverLosingARun:
-    @pytest.mark.parametrize("streamed, workers", [(False, 0), (True, 1)])
+    @pytest.mark.parametrize("streamed", [False, True])
     def test_a_run_resumed_after_every_step_ends_bit_for_bit_as_one_never_stopped(
-        self, few, image_folder, never_stopped, tmp_path, streamed, workers
+        self, few, image_folder, never_stopped, tmp_path, streamed
     ):
-        config = config_of(image_folder, tmp_path / "c.pt", workers=workers)
+        config = config_of(image_folder, tmp_path / "c.pt")
         if not streamed:
             config = dataclasses.replace(config, data="shapes", batch_size=8)
             finish(config, out=str(tmp_path / "never.pt"))
@@ -1938,7 +1937,7 @@ class TestNeverLosingARun:
         self, image_folder, never_stopped, tmp_path, number, save, moment, step
     ):
         killed = number == signal.SIGKILL
-        config = config_of(image_folder, tmp_path / "c.pt", workers=0 if killed else 1)
+        config = config_of(image_folder, tmp_path / "c.pt", workers=2 if killed else 1)
         status = train_and_signal(tmp_path, config, number, 4 * save + MOMENTS.index(moment) + 1)
         assert status == (-number if killed else 128 + number)
         assert (tmp_path / "err").read_text() == ""
@@ -2203,7 +2202,7 @@ class TestSeveralProcesses:
 
 README = (Path(__file__).parent / "README.md").read_text()
 SECTIONS = re.split(r"(?m)^(?=# ─)", Path(MOCO).read_text())
-QUICK = "--preset tiny --width 0.125 --batch-size 8 --knn-k 5 --device cpu --precision fp32 --workers 0".split()
+QUICK = "--preset tiny --width 0.125 --batch-size 8 --knn-k 5 --device cpu --precision fp32 --workers 1".split()
 UNUSUAL = """--preset=tiny --moco-dim=16 --moco-k=32 --moco-m=0.9 --moco-t=0.2 --symmetric --seed=7
 --arch=resnet10 --stem=imagenet --width=0.125 --no-mlp --bn-splits=2 --aug=v1 --size=40 --batch-size=8 --data=shapes
 --epochs=2 --lr=0.01 --wd=0 --no-cos --schedule=1 --precision=fp32 --knn-every=1 --knn-k=3 --knn-t=0.5 --head --root=/
@@ -2261,7 +2260,7 @@ class TestPictures:
             draw_gray(tmp_path / "gray" / split / "light", levels[5:], 1, offset)
         drawn = []
         for seed in ("", "--seed=7", "--seed=0"):
-            assert run(*f"neighbors c.pt x --data={data} --device=cpu --workers=0 --overwrite {seed}".split())[0] == 0
+            assert run(*f"neighbors c.pt x --data={data} --device=cpu --workers=1 --overwrite {seed}".split())[0] == 0
             drawn.append(tiles("x", 40).mean((2, 3, 4)).tolist())
         assert drawn[0] == drawn[1] != drawn[2]
         assert sorted(row[0] for row in drawn[0]) == levels
