@@ -193,8 +193,8 @@ class MoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, generator: Generator | None = None, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S) of the same images, then enqueue the keys. symmetric: add the loss
-        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. Every --method is
-        called with (im_q, im_k, generator, indices)."""
+        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. `train_step` passes
+        indices, too, which only MemoryBank uses."""
         if self.training:
             self.momentum_update()
         q = embed(self.encoder_q, im_q)  # (N,C)
@@ -261,7 +261,7 @@ class MemoryBank(nn.Module):
 
 class SimCLR(EndToEnd):
     """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1. The paper's BatchNorm spans
-    all devices: give the encoder bn_splits=1, else a query and its key are normalized with the same few images."""
+    all devices: give the encoder bn_splits=1, on one process; else a query and its key share few images' statistics."""
 
     def forward(self, im_q: Tensor, im_k: Tensor, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S): mean over 2N queries, 2·P·N−2 negatives each."""
@@ -279,7 +279,7 @@ class SimCLR(EndToEnd):
 class SplitBatchNorm(nn.BatchNorm2d):
     """Normalize `num_splits` contiguous groups of the batch separately, as that many GPUs would. The running
     statistics move once per forward, by the mean of the groups' statistics. Eval mode, names and options are
-    BatchNorm2d's, without momentum=None and track_running_stats=False. Raises ValueError for an uneven split."""
+    BatchNorm2d's; momentum=None, track_running_stats=False are not supported. Raises ValueError for an uneven split."""
 
     def __init__(self, num_features: int, num_splits: int = 8, **batchnorm_options: Any) -> None:
         super().__init__(num_features, **batchnorm_options)
@@ -388,9 +388,9 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
     fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
     first = fits.int().argmax(1, keepdim=True)
     boxes = torch.cat([x.gather(1, first) for x in (top, left, h, w)], 1)
-    h = min(height, round(width * 4 / 3))
-    w = min(width, round(height * 4 / 3))
-    center = torch.tensor([(height - h) // 2, (width - w) // 2, h, w])
+    tallest = min(height, round(width * 4 / 3))
+    widest = min(width, round(height * 4 / 3))
+    center = torch.tensor([(height - tallest) // 2, (width - widest) // 2, tallest, widest])
     return torch.where(fits.any(1, keepdim=True), boxes.long(), center)
 
 
@@ -444,15 +444,15 @@ def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] =
     """Scale brightness, contrast and saturation by factors uniform in 1 ± strength, shift the hue by up to ± strength
     turns, drawn per image. The order of the four is drawn per batch; in torchvision, per image."""
     for i in torch.randperm(4, generator=generator).tolist():
-        factor = 1 + strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
+        change = strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
         if i == 3:
-            x = shift_hue(x, factor - 1)
+            x = shift_hue(x, change)
             continue
-        # A factor of 0 gives black, the mean luma, or the luma.
+        # What a factor of 0 gives: black (brightness), the mean luma (contrast), the luma (saturation).
         reference = tvf.rgb_to_grayscale(x) if i > 0 else 0
         if i == 1:
             reference = reference.mean((1, 2, 3), keepdim=True)
-        x = (x - reference).mul_(factor).add_(reference).clamp_(0, 1)  # torch.lerp is slow from (N,1,1,1)
+        x = (x - reference).mul_(1 + change).add_(reference).clamp_(0, 1)  # torch.lerp is slow from (N,1,1,1)
     return x
 
 
@@ -633,7 +633,7 @@ def option(default: Any, text: str, low: float | None = None, high: float = 2**3
 
 @dataclass
 class Config:
-    """Hold the options of a run. Raises UserError for values that do not go together."""
+    """Hold the options of a run; Typer checks each. Raises UserError for values that do not go together."""
 
     preset: Literal["cifar10", "v1", "v2", "tiny", "cpu"] = option("cifar10", "defaults to start from")
     method: Literal["moco", "end-to-end", "memory-bank", "simclr"] = option("moco", "what queries are contrasted with")
@@ -675,7 +675,7 @@ class Config:
     @classmethod
     def from_preset(cls, preset: str = "cifar10", **explicit: Any) -> "Config":
         """Return a preset's options, replaced by the explicit ones."""
-        return cls(preset=preset, **PRESETS[preset] | explicit)
+        return cls(preset=preset, **(PRESETS[preset] | explicit))
 
     def __post_init__(self) -> None:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
@@ -690,9 +690,8 @@ class Config:
 
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
-# What --resume may not change: these decide what the checkpoint's tensors mean.
-FIXED = ["preset"]
-FIXED += "method moco_dim moco_k moco_m moco_t symmetric seed arch stem width mlp bn_splits aug size batch_size".split()
+# What --resume may change; the others decide what the checkpoint's tensors mean.
+FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()
 # How to run: never taken from a checkpoint.
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
@@ -744,7 +743,7 @@ class Files:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
-        # Else torch starts a team of threads for each of these.
+        # One torch thread in each, else torch starts a team of threads for each.
         pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         submitted = (pool.submit(read, *batch) for batch in plan)
         ahead = list(itertools.islice(submitted, 1 + self.workers))
@@ -791,8 +790,8 @@ def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
     if config.data not in ("shapes", "cifar10", "cifar100"):
         return load_folder(config, device)
-    read = shapes if config.data == "shapes" else partial(cifar, config)
-    train, test = (InMemory(images.to(device), labels) for images, labels in (read(True), read(False)))
+    load = shapes if config.data == "shapes" else partial(cifar, config)
+    train, test = (InMemory(images.to(device), labels) for images, labels in (load(True), load(False)))
     return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
 
 
@@ -815,22 +814,24 @@ def find_images(root: str) -> list[str]:
     """Return the sorted paths, from root, of the images below it. Hidden files and folders are left out, links are
     followed. Raises OSError for what cannot be read."""
     found = []
-    folders = [os.path.join(root, "")]
+    top = os.path.join(root, "")
+    folders = [top]
     # Links can form loops: no folder is read twice, and none above root.
     visited = set(Path(root).resolve().parents)
-    for folder in folders:  # breadth first, as the list grows, and links last: a folder is found before a link to it
+    while folders:
+        folder = folders.pop()  # a link only if no other is left: a folder is found before the links to it
         place = Path(folder).resolve()
         if place in visited:
             continue
         visited.add(place)
-        for entry in sorted(os.scandir(folder), key=lambda x: (x.is_symlink(), x.path)):
+        for entry in sorted(os.scandir(folder), key=lambda x: x.path):
             if entry.name[0] == ".":
                 continue
             if entry.is_dir():
-                folders.append(entry.path)
+                folders.insert(0 if entry.is_symlink() else len(folders), entry.path)
             # Regular files only: to read a named pipe is to wait for ever.
             elif entry.name.lower().endswith(SUFFIXES) and stat.S_ISREG(entry.stat().st_mode):
-                found.append(entry.path.removeprefix(folders[0]))
+                found.append(entry.path.removeprefix(top))
     return sorted(found)
 
 
@@ -878,14 +879,14 @@ def load_folder(config: Config, device: torch.device) -> Data:
         description += "no kNN: that needs train/CLASS/* and val/CLASS/*"
     if train_top and (others := tops - {train_top, test_top}):
         description += f"; not read: {' '.join(sorted(others))}"
-    fingerprint = rng(*train, *test).initial_seed()
+    fingerprint = rng(*train, *test).initial_seed()  # a hash
 
-    def read(split: list) -> InMemory | Files:
+    def open_split(split: list) -> InMemory | Files:
         paths = [os.path.join(root, path) for path in split]
         targets = torch.tensor([labels[path] for path in split]) if labels else None
         return read_small(Files(paths, targets, device, config.workers))
 
-    return Data(read(train), read(test) if test else None, description, fingerprint)
+    return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
 
 
 MEMORY = 2**30  # bytes
@@ -937,7 +938,7 @@ def extract_features(
     per_rank = math.ceil(len(images) / world_size())
     # Every rank must have as many rows: the last image fills up.
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
-    plan = ((0, batch) for batch in indices.split(512))
+    plan = ((0, batch) for batch in indices.split(512))  # of no epoch
     embed_batch = encoder if config.head else encoder.features
     encoder.eval()
     features = []
@@ -970,7 +971,7 @@ def accuracy(
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
 def check_out(path: str, may_exist: bool) -> None:
-    """Raise UserError if a file cannot be written to a path, or would replace one."""
+    """Raise UserError if a path is no place for a file, or would replace one."""
     target = Path(path)
     if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise UserError(f"{path}: must be a file in a folder that exists")
@@ -1036,7 +1037,7 @@ def load_checkpoint(path: str) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
-                odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())
+                odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())  # 16: a folder
                 if odd or archive.testzip():
                     raise ValueError("a record is damaged, compressed or a folder")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1045,7 +1046,7 @@ def load_checkpoint(path: str) -> dict:
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
-        Config.from_preset(**checkpoint["config"])  # raises if they do not fit
+        Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises if they do not fit
     except Exception as error:  # damaged bytes can cause any
         raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
@@ -1075,8 +1076,9 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
 def pick_device(config: Config) -> tuple:
-    """Return the device and its autocast, to bf16 where --precision asks for it or it is fast. Joins the processes
-    that WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. Raises UserError."""
+    """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE,
+    RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. On a CPU, malloc keeps freed memory from now on.
+    Raises UserError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name in found if found[name]]  # the best first
     name = available[0] if config.device == "auto" else config.device
@@ -1100,13 +1102,10 @@ def pick_device(config: Config) -> tuple:
             # The C library keeps freed memory: to get it again costs 1/6 of a step.
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    bf16 = fast if config.precision == "auto" else config.precision == "bf16"
-    return device, partial(torch.autocast, name, torch.bfloat16, enabled=bf16)
-
-
-def precision_of(autocast: Callable) -> str:
-    """Return the precision that an autocast of pick_device leads to."""
-    return "bf16" if autocast.keywords["enabled"] else "fp32"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if fast else "fp32"
+    return device, precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
 
 def build_model(config: Config, num_images: int) -> nn.Module:
@@ -1160,7 +1159,7 @@ class Run:
     written, if options, files, data or device do not fit."""
 
     def __init__(self, config: Config) -> None:
-        self.device, self.autocast = pick_device(config)
+        self.device, self.precision, self.autocast = pick_device(config)
         self.config = config
         if config.bn_splits % world_size():
             raise UserError(f"--bn-splits {config.bn_splits}: must be a multiple of the {world_size()} processes")
@@ -1189,7 +1188,7 @@ class Run:
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
         if resumes:
             self.restore(load_checkpoint(config.out))
-        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # same data, same step
+        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash: same data and step?
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
         self.ddp_model = self.model
@@ -1217,7 +1216,7 @@ class Run:
         own = self.checkpoint()
         for name, value in own["config"].items():
             old = checkpoint["config"].get(name, value)
-            if (name in FIXED and value != old) or (name == "epochs" and value < old):
+            if (name not in FREE and value != old) or (name == "epochs" and value < old):
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
         try:
             if checkpoint["fingerprint"] != own["fingerprint"]:
@@ -1246,16 +1245,15 @@ class Run:
                 yield row
             for images, indices in self.data.train.batches(plan, self.crop):
                 if self.agree(stop()):
-                    break
+                    raise Stopped
                 self.take_step(images, indices)
                 row = self.end_epoch(stop)
                 late = time.monotonic() - self.saved_at >= self.config.save_seconds
                 if self.agree(late) or row:
                     self.save()
                 yield row
-            else:
-                return  # complete, and saved with its last epoch
-        self.save()
+            return  # complete, and saved with its last epoch
+        self.save()  # stopped
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
         """Train on a batch with the learning rate and the random numbers of the step."""
@@ -1291,7 +1289,7 @@ class Run:
         return row
 
     def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether `flag` is true on any rank. Several ranks ask every `every` steps, else get False."""
+        """Return whether any rank's `flag` is true. Several ranks ask at every `every`-th step only, else get False."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
@@ -1327,8 +1325,8 @@ KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
 def command(names: str, defaults: Any = None) -> Callable:
-    """Make a function a Typer command with these of Config's options. It gets only those given on the command line, so
-    that presets and checkpoints decide the others. Typer reads a signature, so one is built."""
+    """Make a function a Typer command with these of Config's options; --help shows `defaults`. It gets only what was
+    given on the command line: presets and checkpoints decide the rest. Typer reads a signature, so one is built."""
 
     def decorate(function: Callable) -> Callable:
         def call(context: typer.Context, **values: Any) -> None:
@@ -1345,7 +1343,7 @@ def command(names: str, defaults: Any = None) -> Callable:
     return decorate
 
 
-# They ask a run to stop, where the system has them. Clusters send SIGUSR1 before their time limit.
+# They ask a run to stop; not every system has all. Clusters send SIGUSR1 before their time limit.
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGUSR1".split()
 
 
@@ -1358,21 +1356,21 @@ def catch_signals() -> Iterator:
     def collect(number: int, _: Any) -> None:
         received.append(number)
         if world_size() == 1:
-            restore.close()
+            earlier.close()
 
-    with contextlib.ExitStack() as restore:  # puts the earlier handlers back
+    with contextlib.ExitStack() as earlier:  # puts the handlers back
         with contextlib.suppress(ValueError):  # outside the main thread
             for number in signal.Signals:
                 if number.name in SIGNALS and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                     before = signal.signal(number, collect)
-                    restore.callback(signal.signal, number, before)
+                    earlier.callback(signal.signal, number, before)
         yield received
 
 
-def say(line: str, to_stderr: bool = False) -> None:
-    """Print a line, on rank 0 only. With --json, stdout is for JSON objects."""
+def say(line: str, json_only: bool = False) -> None:
+    """Print a line, on rank 0 only. json_only: to stderr, since stdout is for JSON objects."""
     if rank() == 0:
-        print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        print(line, file=sys.stderr if json_only else sys.stdout, flush=True)
 
 
 def describe(result: dict) -> str:
@@ -1402,7 +1400,7 @@ def train(**options: Any) -> list:
         options = load_checkpoint(out)["config"] | options
     run = Run(Config.from_preset(**options))
     config = run.config
-    say(f"{config.data}: {run.data.description}; {run.device}, {precision_of(run.autocast)}", config.json)
+    say(f"{config.data}: {run.data.description}; {run.device}, {run.precision}", config.json)
     if max(config.moco_k, 2 * config.knn_k) > len(run.data.train):
         say(f"note: --moco-k or --knn-k is large for {len(run.data.train)} images", config.json)
     with catch_signals() as received:
@@ -1418,8 +1416,8 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     checkpoint = load_checkpoint(path)
     config = Config.from_preset(**checkpoint["config"] | options)
     encoder = load_encoder(checkpoint, path)
-    device, autocast = pick_device(config)
-    config = replace(config, device=device.type, precision=precision_of(autocast))
+    device, precision, autocast = pick_device(config)
+    config = replace(config, device=device.type, precision=precision)
     encoder.to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
@@ -1463,7 +1461,7 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
 def write_picture(path: str, groups: list[Tensor]) -> None:
     """Write groups of images (rows,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
     gap = torch.ones_like(groups[0][:, :1])
-    rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)
+    rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)  # no gap at the left
     buffer = io.BytesIO()
     torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
     write_file(path, buffer.getbuffer())
@@ -1480,7 +1478,7 @@ def views(output: OutputPath, **options: Any) -> None:
     crop, split_two_views = training_crops(train, config)
     chosen = torch.randperm(len(train), generator=rng("picture", config.seed))[:8]
     groups = [images[:, None] / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]
-    for step, (images, _) in enumerate(train.batches([(step, chosen) for step in range(4)], crop)):
+    for step, (images, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
         pair = torch.stack(split_two_views(images, rng("step", config.seed, step)), 1)
         groups.append(pair * augment.std + augment.mean)
     write_picture(output, groups)
@@ -1497,7 +1495,7 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
     features = extract_features(encoder, queries, config, autocast)
     # The lengths of the features do not change the order.
-    nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (R,10)
+    nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (10,10), or fewer
     crop = Augment(config.aug, config.size).evaluation_view
     [(shown, _)] = queries.batches([(0, chosen)], crop)
     [(found, _)] = data.train.batches([(0, nearest.flatten())], crop)
