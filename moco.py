@@ -696,13 +696,13 @@ FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".spl
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
 IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
-TINY = dict(data="shapes", aug="v1", arch="resnet10", width=0.25, bn_splits=2, batch_size=64)
+SMALL = dict(arch="resnet10", width=0.25, bn_splits=2)
 PRESETS = {
     "cifar10": {},
     "v1": dict(IMAGENET, aug="v1", mlp=False, moco_t=0.07, cos=False),
     "v2": dict(IMAGENET, aug="v2", moco_t=0.2),
-    "tiny": dict(TINY, moco_k=256, epochs=6, knn_every=3, knn_k=20),
-    "cpu": dict(arch="resnet10", width=0.5, size=24, bn_splits=2, batch_size=256),
+    "tiny": dict(SMALL, data="shapes", aug="v1", batch_size=64, moco_k=256, epochs=6, knn_every=3, knn_k=20),
+    "cpu": dict(SMALL, aug="v2", size=24, batch_size=128, epochs=130),
 }
 
 
