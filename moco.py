@@ -396,7 +396,7 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
 
 def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     """Return matrices (N,size,pixels) that resize [start, start+length) of a line of pixels. start, length (N,1,1).
-    Bilinear with antialiasing: triangular weights; half-width: one input or output pixel, the larger."""
+    Bilinear with antialiasing: triangular weights, as wide to each side as an input or output pixel, the larger."""
     pixel = torch.arange(pixels, device=start.device) + 0.5
     pitch = length / size
     center = start + pitch * (torch.arange(size, device=start.device)[:, None] + 0.5)
@@ -550,7 +550,7 @@ class SplitTwoViews:
         return self.augment(images, generator), self.augment(images, generator)
 
     def crop_file(self, image: Tensor, epoch: int, index: int) -> Tensor:
-        """Crop an image uint8 (3,H,W) twice at its own resolution: (2,3,S,S)."""
+        """Crop an image uint8 (3,H,W) twice at its own resolution, in a thread of `Files`: (2,3,S,S)."""
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
         boxes = crop_boxes(u, *image.shape[1:], self.augment.recipe.scale)
         size = [self.augment.size] * 2
@@ -584,11 +584,11 @@ def train_step(
 
 # ─────────────────────────────────────────── Evaluation ───────────────────────────────────────────
 def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int, T: float) -> Tensor:
-    """Return labels (N,) int64 by weighted kNN: the k nearest of bank (M,D) vote, 1805.01978. A neighbor at cosine
-    similarity s has exp(s/T) votes; if M < k, all vote. Similarities take 128 MiB. Raises ValueError if k or M is 0."""
+    """Return labels (N,) int64 of features (N,D) by kNN, 1805.01978: the k nearest of bank (M,D), or all M, vote
+    with weight exp(cosine similarity / T). Similarities take 128 MiB at a time. Raises ValueError if k or M is 0."""
     if min(k, len(bank)) < 1:
         raise ValueError(f"k = {k} of {len(bank)}: at least one neighbor must vote")
-    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of similarities: normalizing the bank would copy it
+    scale = 1 / bank.norm(dim=1).clamp(min=1e-12)  # of the similarities; F.normalize(bank) would be a copy
     predictions = []
     for chunk in F.normalize(features).split(max(1, 2**25 // len(bank))):
         similarity = (chunk @ bank.T).mul_(scale)  # (n,M)
@@ -600,8 +600,8 @@ def knn_predict(features: Tensor, bank: Tensor, bank_labels: Tensor, classes: in
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, decay: float = 1e-4) -> nn.Linear:
-    """Return a frozen layer that minimizes cross-entropy + decay/2·‖W‖² of features (M,D) with mean 0 and std 1, labels
-    (M,). The loss is convex: L-BFGS needs no learning rate; in 1911.05722, section 4.1, SGD's is 30."""
+    """Return a frozen linear classifier of features (M,D) with mean 0 and std 1: the minimum of cross-entropy with the
+    labels (M,) + decay/2·‖W‖². It is convex: L-BFGS needs no learning rate; SGD's is 30 in 1911.05722, section 4.1."""
     linear = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     parameters = [nn.init.zeros_(x) for x in linear.parameters()]
     optimizer = torch.optim.LBFGS(parameters, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=1e-7)
@@ -626,7 +626,7 @@ class UserError(ValueError):
 
 
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
-    """Declare an option and its --help; Typer refuses a number that is not from low to high."""
+    """Declare an option of Config and its --help; Typer refuses numbers outside [low, high]."""
     high = None if low is None else high  # else --help would show a limit for text
     return field(default=default, metadata={"typer": typer.Option(help=text, min=low, max=high)})
 
@@ -690,7 +690,7 @@ class Config:
 
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
-# What --resume may change; the others decide what the checkpoint's tensors mean.
+# What --resume may change, beside RUNTIME; the others decide what the checkpoint's tensors mean.
 FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()
 # How to run: never taken from a checkpoint.
 RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
@@ -709,7 +709,7 @@ PRESETS = {
 # ────────────────────────────────────────────── Data ──────────────────────────────────────────────
 @dataclass
 class InMemory:
-    """Hold images uint8 (M,3,H,W) of one size on the device, and labels (M,) int64, if any."""
+    """Hold images uint8 (M,3,H,W) of one size, on the device, and labels (M,) int64, on the CPU, if any."""
 
     images: Tensor
     labels: Tensor | None
@@ -718,7 +718,7 @@ class InMemory:
         return len(self.images)
 
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
-        """Yield crop(images, epoch, indices) and indices for each (epoch, indices (N,)) of a plan."""
+        """For each (epoch, indices (N,)) of a plan, yield crop(images (N,3,H,W), epoch, indices) and the indices."""
         for epoch, indices in plan:
             images = self.images[copy_to(indices, self.images.device)]
             yield crop(images, epoch, indices), indices
@@ -737,16 +737,16 @@ class Files:
         return len(self.paths)
 
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
-        """Yield what InMemory.batches does, by crop(image, epoch, index) of each image. Raises UserError."""
+        """Yield the same, stacked from crop(image (3,H,W), epoch, index), a call for each image. Raises UserError."""
 
         def read(epoch: int, indices: Tensor) -> tuple:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
-        # One torch thread in each, else torch starts a team of threads for each.
+        # One torch thread per worker; by default, torch would start a team of threads in each worker.
         pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
         submitted = (pool.submit(read, *batch) for batch in plan)
-        ahead = list(itertools.islice(submitted, 1 + self.workers))
+        ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
         try:
             while ahead:
                 images, indices = ahead.pop(0).result()
@@ -778,7 +778,7 @@ def read_image(path: str) -> Tensor:
 
 @dataclass
 class Data:
-    """Hold the images to train on, also kNN's bank, and those to test on, if they have labels."""
+    """Hold a data set: `train`, which kNN also uses as its bank, and `test`, which is None if there are no labels."""
 
     train: InMemory | Files
     test: InMemory | Files | None
@@ -791,7 +791,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     if config.data not in ("shapes", "cifar10", "cifar100"):
         return load_folder(config, device)
     load = shapes if config.data == "shapes" else partial(cifar, config)
-    train, test = (InMemory(images.to(device), labels) for images, labels in (load(True), load(False)))
+    train, test = (InMemory(images.to(device), labels) for images, labels in map(load, (True, False)))
     return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
 
 
@@ -845,8 +845,8 @@ def find_split(tops: set[str], kind: str) -> str:
 
 
 def number_classes(train: list, test: list) -> dict:
-    """Return each path's label, the number of its class folder in train; {} if no test image lies in such a class.
-    Raises UserError if some images do and some do not."""
+    """Return {path: label}, the number of its class folder among those of train, sorted; {} if no test image lies in
+    one. Raises UserError if some test image does, but not all images do."""
     names = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
     numbers = {name: i for i, name in enumerate(names)}
     labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test}
@@ -920,13 +920,12 @@ def shapes(train: bool) -> tuple:
     textures = torch.stack([a.sin(), checks, dots, grid, waves])
     mix = (0.5 + 2 * textures[labels % 5, torch.arange(n)]).clamp(0, 1)
     gray = draw(n, 1, 1, 1)
-    other = (gray + 1 / 3) % 1
-    images = torch.lerp(other, gray, mix[:, None]) + 0.3 * draw(n, 3, 32, 32)
+    images = torch.lerp((gray + 1 / 3) % 1, gray, mix[:, None]) + 0.3 * draw(n, 3, 32, 32)
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
 class Stopped(Exception):
-    """An evaluation was asked to stop."""
+    """Training or an evaluation was asked to stop: its stop() was true. The default, bool(), never is."""
 
 
 @torch.no_grad()
@@ -938,7 +937,7 @@ def extract_features(
     per_rank = math.ceil(len(images) / world_size())
     # Every rank must have as many rows: the last image fills up.
     indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
-    plan = ((0, batch) for batch in indices.split(512))  # of no epoch
+    plan = ((0, batch) for batch in indices.split(512))  # epoch 0: evaluation_view ignores it
     embed_batch = encoder if config.head else encoder.features
     encoder.eval()
     features = []
@@ -976,8 +975,7 @@ def check_out(path: str, may_exist: bool) -> None:
     if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise UserError(f"{path}: must be a file in a folder that exists")
     if target.exists() and not may_exist:
-        advice = "give --overwrite to replace it, or another name (train --resume goes on with it)"
-        raise UserError(f"{path}: exists already; {advice}")
+        raise UserError(f"{path}: exists already; give --overwrite, another name or, to continue a run, --resume")
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -1026,14 +1024,13 @@ def check_tensors(tensors: dict, expected: dict) -> None:
         x = tensors[name]
         fits = isinstance(x, Tensor) and (x.shape, x.dtype) == (right.shape, right.dtype)
         # With stride 0, a tensor claims more than it holds: a file of a few bytes could fill the memory.
-        complete = fits and x.nbytes <= x.untyped_storage().nbytes()
-        if not complete or not x.isfinite().all():
+        if not fits or x.nbytes > x.untyped_storage().nbytes() or not x.isfinite().all():
             raise ValueError(f"{name} is not {right.dtype} {tuple(right.shape)}, complete and finite")
 
 
 def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" has the options
-    that a checkpoint decides. Raises UserError for a file that is missing, damaged or no checkpoint."""
+    """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" keeps the known
+    options except RUNTIME. Raises UserError for a file that is missing, damaged or no checkpoint."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
@@ -1046,7 +1043,7 @@ def load_checkpoint(path: str) -> dict:
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
-        Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises if they do not fit
+        Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises for values that Config or RECIPES lacks
     except Exception as error:  # damaged bytes can cause any
         raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
@@ -1058,8 +1055,7 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
     weights = {}
     try:
         for name, x in checkpoint["state_dict"].items():
-            name = str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]
-            if name:
+            if name := str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]:
                 weights[name] = x
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem = "cifar" if kernel == 3 else "imagenet"
@@ -1081,7 +1077,7 @@ def pick_device(config: Config) -> tuple:
     Raises UserError."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [name for name in found if found[name]]  # the best first
-    name = available[0] if config.device == "auto" else config.device
+    name = config.device.replace("auto", available[0])
     if name not in available:
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
     try:
@@ -1102,9 +1098,7 @@ def pick_device(config: Config) -> tuple:
             # The C library keeps freed memory: to get it again costs 1/6 of a step.
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if fast else "fp32"
+    precision = config.precision.replace("auto", "bf16" if fast else "fp32")
     return device, precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -1142,8 +1136,8 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, config: Config) -> tuple:
-    """Return two functions: to crop images as they are read, and to make two views of a batch. In memory, the first
-    does nothing."""
+    """Return crop, for images.batches, and two_views, which makes x_q, x_k of what that yields. Files are cropped in
+    the threads that read them; in memory, crop does nothing and two_views crops."""
     two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
@@ -1154,9 +1148,9 @@ COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 
 
 class Run:
-    """Train as a configuration says, from the start or, with `resume`, from where `out` stopped. A checkpoint holds
-    what a run accumulates; all else is a function of configuration and step. Raises UserError, before anything is
-    written, if options, files, data or device do not fit."""
+    """Train as a Config says, from the start or, with `resume`, from the checkpoint `out`. That holds all that training
+    changes; order, views and learning rate follow from Config and step, so a resumed run ends as one never stopped.
+    Raises UserError, before anything is written, if options, files, data or device do not fit."""
 
     def __init__(self, config: Config) -> None:
         self.device, self.precision, self.autocast = pick_device(config)
@@ -1178,7 +1172,7 @@ class Run:
                 encoder.compile()
         parameters = list(self.model.encoder_q.parameters())
         self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=config.wd, fused=True)
-        for weight in parameters:  # else the first step creates it, and only later checkpoints hold it
+        for weight in parameters:  # now, not in the first step: every checkpoint then has the same tensors
             self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.crop, self.two_views = training_crops(self.data.train, config)
         self.steps_per_epoch = num_images // config.batch_size
@@ -1188,7 +1182,7 @@ class Run:
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
         if resumes:
             self.restore(load_checkpoint(config.out))
-        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash: same data and step?
+        key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash, equal on all ranks
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
         self.ddp_model = self.model
@@ -1215,7 +1209,7 @@ class Run:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
         own = self.checkpoint()
         for name, value in own["config"].items():
-            old = checkpoint["config"].get(name, value)
+            old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
             if (name not in FREE and value != old) or (name == "epochs" and value < old):
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
         try:
@@ -1233,13 +1227,13 @@ class Run:
             raise UserError(f"--resume: {self.config.out} does not fit this run ({cause_of(error)})") from error
 
     def train(self, stop: Callable = bool) -> Iterator:
-        """Yield after every step: None, or the epoch's row; save now and then, and once stop() is true. Raises
-        UserError for an unreadable image, a loss that is not finite, a full disk."""
+        """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
+        Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
         if len(self.rows) == self.config.epochs:
             return  # a complete run is left as it is
         self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(Stopped):  # raised below, or by end_epoch during kNN; then the last line saves
             if row := self.end_epoch(stop):  # the run was stopped during kNN: finish that epoch first
                 self.save()
                 yield row
@@ -1289,7 +1283,7 @@ class Run:
         return row
 
     def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether any rank's `flag` is true. Several ranks ask at every `every`-th step only, else get False."""
+        """Return whether any rank's `flag` is true. Several ranks ask if step % every == 0, else get False."""
         if world_size() > 1 and self.step % every:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
@@ -1325,8 +1319,8 @@ KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
 def command(names: str, defaults: Any = None) -> Callable:
-    """Make a function a Typer command with these of Config's options; --help shows `defaults`. It gets only what was
-    given on the command line: presets and checkpoints decide the rest. Typer reads a signature, so one is built."""
+    """Make a function a Typer command with these options of Config; --help shows the values of `defaults`. The function
+    gets only those given on the command line: a preset or checkpoint decides the rest. Typer reads __signature__."""
 
     def decorate(function: Callable) -> Callable:
         def call(context: typer.Context, **values: Any) -> None:
@@ -1374,7 +1368,7 @@ def say(line: str, json_only: bool = False) -> None:
 
 
 def describe(result: dict) -> str:
-    """Format a result for people: the names and values that there are."""
+    """Format a result for people: its names and values, without those that are None."""
     values = (f"{key} {x:.5g}" if isinstance(x, float) else f"{key} {x}" for key, x in result.items() if x is not None)
     return "  ".join(values)
 
@@ -1402,7 +1396,7 @@ def train(**options: Any) -> list:
     config = run.config
     say(f"{config.data}: {run.data.description}; {run.device}, {run.precision}", config.json)
     if max(config.moco_k, 2 * config.knn_k) > len(run.data.train):
-        say(f"note: --moco-k or --knn-k is large for {len(run.data.train)} images", config.json)
+        say(f"note: --moco-k or --knn-k, if used, is large for {len(run.data.train)} images", config.json)
     with catch_signals() as received:
         show_progress(run, run.train(lambda: received))
     if len(run.rows) < config.epochs:
@@ -1470,7 +1464,7 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
 
 @command("preset data root size aug seed overwrite", Config)
 def views(output: OutputPath, **options: Any) -> None:
-    """Draw eight images, each beside its two views in four steps."""
+    """Draw eight images, each beside four pairs of its views."""
     config = Config.from_preset(**options)
     check_out(output, config.overwrite)
     train = load_data(config, torch.device("cpu")).train
@@ -1507,7 +1501,7 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command line. Raises SystemExit unless all went well; a user's mistake costs a line and status 2."""
+    """Run a command line. Raises SystemExit if it fails: status 2, after a line on stderr, for a user's mistake."""
     try:
         app(args=argv)
     except SystemExit as end:

@@ -2312,7 +2312,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("k, neighbors, noticed", [(40, 20, False), (41, 20, True), (40, 21, True)])
     def test_a_long_queue_or_many_neighbors_of_few_images_cost_a_notice(self, few, run, k, neighbors, noticed):
         out = run("train", *QUICK, "--epochs=1", f"--moco-k={k}", f"--knn-k={neighbors}")[1]
-        assert ("note: --moco-k or --knn-k is large for 40 images\n" in out) == noticed
+        assert ("note: --moco-k or --knn-k, if used, is large for 40 images\n" in out) == noticed
 
     def test_a_batch_of_more_images_than_there_are_names_numbers_that_work(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--bn-splits=5", "--batch-size"]
