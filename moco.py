@@ -469,15 +469,12 @@ def gaussian_blur(x: Tensor, generator: Generator, low: float = 0.1, high: float
     return separable(x, matrix, matrix)
 
 
-# A transform takes (x, generator), even if it draws nothing.
-def grayscale(x: Tensor, generator: Generator) -> Tensor:
-    """Return the luma of each image: (N,1,H,W)."""
-    return tvf.rgb_to_grayscale(x)
-
-
-def flip(x: Tensor, generator: Generator) -> Tensor:
-    """Mirror each image horizontally."""
-    return x.flip(-1)
+# The probability that a transform changes an image, and the transform (x, generator) -> x.
+FLIP = (0.5, lambda x, _: x.flip(-1))
+GRAY = (0.2, lambda x, _: tvf.rgb_to_grayscale(x))  # (N,1,H,W)
+BLUR = (0.5, gaussian_blur)
+JITTER = (0.8, color_jitter)
+JITTER_V1 = (1, partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4)))
 
 
 @dataclass
@@ -492,12 +489,11 @@ class Recipe:
     margin: float = 256 / 224
 
 
-JITTER_V1 = partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4))
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), margin=1)
 RECIPES = {
-    "cifar": Recipe((0.08, 1), ((0.5, flip), (0.8, color_jitter), (0.2, grayscale)), **CIFAR),
-    "v1": Recipe((0.2, 1), ((0.2, grayscale), (1, JITTER_V1), (0.5, flip))),
-    "v2": Recipe((0.2, 1), ((0.8, color_jitter), (0.2, grayscale), (0.5, gaussian_blur), (0.5, flip))),
+    "cifar": Recipe((0.08, 1), (FLIP, JITTER, GRAY), **CIFAR),
+    "v1": Recipe((0.2, 1), (GRAY, JITTER_V1, FLIP)),
+    "v2": Recipe((0.2, 1), (JITTER, GRAY, BLUR, FLIP)),
 }
 
 

@@ -786,9 +786,9 @@ class TestViews:
     @pytest.mark.parametrize("of_files", [False, True])
     @pytest.mark.parametrize("augment", [
         augment_of(scale=(0.1, 0.4)),
-        augment_of((0.5, moco.flip)),
-        augment_of((0.5, moco.grayscale)),
-        augment_of((1, partial(moco.color_jitter, strengths=(0.4, 0.4, 0.4, 0.4)))),
+        augment_of(moco.FLIP),
+        augment_of((0.5, moco.GRAY[1])),
+        augment_of(moco.JITTER_V1),
         augment_of((1, partial(moco.gaussian_blur, low=0.1, high=2))),
     ], ids=["crop", "flip", "grayscale", "color jitter", "blur"])  # fmt: skip
     def test_a_transform_is_drawn_for_each_image_and_view_apart(self, augment, of_files):
@@ -1865,7 +1865,7 @@ class TestRun:
     def test_train_from_python_takes_numpys_numbers_and_an_own_recipe_in_any_thread_and_returns_its_rows(
         self, few, tmp_path, monkeypatch, capsys
     ):
-        monkeypatch.setitem(moco.RECIPES, "own", moco.Recipe((0.5, 1), ((0.5, moco.flip),)))
+        monkeypatch.setitem(moco.RECIPES, "own", moco.Recipe((0.5, 1), (moco.FLIP,)))
         options = dataclasses.asdict(tiny_config(aug="own", out=str(tmp_path / "c.pt"), json=True))
         options |= dict(lr=numpy.float32(0.5), moco_k=numpy.int64(41), cos=numpy.bool_(False))
         with ThreadPool(1) as pool:
