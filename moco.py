@@ -476,24 +476,12 @@ BLUR = (0.5, gaussian_blur)
 JITTER = (0.8, color_jitter)
 JITTER_V1 = (1, partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4)))
 
-
-@dataclass
-class Recipe:
-    """Describe views: crop area as a fraction of the image, transforms (x, generator) -> x with their probabilities,
-    normalization. Evaluation resizes the shorter side to margin·S and crops S×S."""
-
-    scale: tuple[float, float]
-    transforms: tuple[tuple[float, Callable], ...]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    margin: float = 256 / 224
-
-
-CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), margin=1)
-RECIPES = {
-    "cifar": Recipe((0.08, 1), (FLIP, JITTER, GRAY), **CIFAR),
-    "v1": Recipe((0.2, 1), (GRAY, JITTER_V1, FLIP)),
-    "v2": Recipe((0.2, 1), (JITTER, GRAY, BLUR, FLIP)),
+CIFAR_COLORS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, std
+IMAGENET_COLORS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluation, normalization, transforms
+    "cifar": ((0.08, 1), 1, CIFAR_COLORS, [FLIP, JITTER, GRAY]),
+    "v1": ((0.2, 1), 256 / 224, IMAGENET_COLORS, [GRAY, JITTER_V1, FLIP]),
+    "v2": ((0.2, 1), 256 / 224, IMAGENET_COLORS, [JITTER, GRAY, BLUR, FLIP]),
 }
 
 
@@ -501,9 +489,9 @@ class Augment:
     """Turn images into random views by a recipe, with draws per image, by a CPU generator: equal on every device."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
-        self.recipe = RECIPES[recipe]
+        self.scale, self.margin, colors, self.transforms = RECIPES[recipe]
         self.size = size
-        self.mean, self.std = torch.tensor([self.recipe.mean, self.recipe.std])[:, :, None, None]
+        self.mean, self.std = torch.tensor(colors)[:, :, None, None]
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Return views float (N,3,S,S) of images uint8 (N,3,H,W). Raises TypeError for others."""
@@ -511,13 +499,13 @@ class Augment:
             raise TypeError(f"images are uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
         u = uniform(generator, len(images), 4, 10)
         # On the CPU: faster than many tiny GPU kernels.
-        boxes = crop_boxes(u, *images.shape[2:], self.recipe.scale)
+        boxes = crop_boxes(u, *images.shape[2:], self.scale)
         crops = crop(images / 255, copy_to(boxes, images.device), self.size)
         return self.augment_crops(crops, generator)
 
     def augment_crops(self, x: Tensor, generator: Generator) -> Tensor:
         """Apply the recipe's transforms at random to crops (N,3,S,S) in [0,1], which are overwritten, and normalize."""
-        for probability, transform in self.recipe.transforms:
+        for probability, transform in self.transforms:
             chosen = uniform(generator, len(x), 1, 1, 1, device=x.device) < probability
             x = x.lerp_(transform(x, generator), chosen.to(x))  # a gray channel broadcasts
         return self.normalize(x)
@@ -527,10 +515,10 @@ class Augment:
         return (x - copy_to(self.mean, x.device)) / copy_to(self.std, x.device)
 
     def evaluation_view(self, images: Tensor, *_: Any) -> Tensor:
-        """Resize images uint8 (…,3,H,W) by the recipe's margin and crop the center: (…,3,S,S)."""
+        """Resize the shorter side of images uint8 (…,3,H,W) to margin·S and crop the center: (…,3,S,S)."""
         longest = 2 * min(images.shape[-2:])  # a panorama is cut first: resizing all of it takes gigabytes
         images = tvf.center_crop(images, [min(side, longest) for side in images.shape[-2:]])
-        images = tvf.resize(images, [round(self.size * self.recipe.margin)])
+        images = tvf.resize(images, [round(self.size * self.margin)])
         return tvf.center_crop(images, [self.size])
 
 
@@ -548,7 +536,7 @@ class SplitTwoViews:
     def crop_file(self, image: Tensor, epoch: int, index: int) -> Tensor:
         """Crop an image uint8 (3,H,W) twice at its own resolution, in a thread of `Files`: (2,3,S,S)."""
         u = torch.rand(2, 4, 10, generator=rng("crop", self.seed, epoch, index))
-        boxes = crop_boxes(u, *image.shape[1:], self.augment.recipe.scale)
+        boxes = crop_boxes(u, *image.shape[1:], self.augment.scale)
         size = [self.augment.size] * 2
         return torch.stack([tvf.resized_crop(image, *box, size) for box in boxes.tolist()])
 

@@ -694,7 +694,7 @@ def torchvisions_box(height, width, scale):
 def augment_of(*transforms, scale=(1, 1), size=24):
     """Return an Augment of a recipe with these transforms, which does not normalize."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(moco.RECIPES, "own", moco.Recipe(scale, transforms, mean=(0, 0, 0), std=(1, 1, 1)))
+        patch.setitem(moco.RECIPES, "own", (scale, 1, ((0, 0, 0), (1, 1, 1)), transforms))
         return Augment("own", size)
 
 
@@ -853,7 +853,7 @@ class TestViews:
     def test_evaluation_is_torchvisions_resize_and_center_crop(self, aug, seed, height, width, size):
         images = images_of(2, height, width, seed)
         augment = Augment(aug, size)
-        resized = tvf.resize(images, [round(size * augment.recipe.margin)])
+        resized = tvf.resize(images, [round(size * augment.margin)])
         expected = tvf.center_crop(resized, [size, size])
         assert torch.equal(augment.evaluation_view(images), expected)
         assert torch.equal(augment.evaluation_view(images[0]), expected[0])
@@ -1865,7 +1865,7 @@ class TestRun:
     def test_train_from_python_takes_numpys_numbers_and_an_own_recipe_in_any_thread_and_returns_its_rows(
         self, few, tmp_path, monkeypatch, capsys
     ):
-        monkeypatch.setitem(moco.RECIPES, "own", moco.Recipe((0.5, 1), (moco.FLIP,)))
+        monkeypatch.setitem(moco.RECIPES, "own", ((0.5, 1), 1, moco.CIFAR_COLORS, [moco.FLIP]))
         options = dataclasses.asdict(tiny_config(aug="own", out=str(tmp_path / "c.pt"), json=True))
         options |= dict(lr=numpy.float32(0.5), moco_k=numpy.int64(41), cos=numpy.bool_(False))
         with ThreadPool(1) as pool:
