@@ -211,11 +211,6 @@ class MoCo(nn.Module):
         return loss
 
 
-def positive_mask(keys: Tensor) -> Tensor:
-    """Mark each local query's own key among all ranks' keys (P·N,C): bool (N,P·N)."""
-    return local_rows(torch.eye(len(keys), dtype=torch.bool, device=keys.device))
-
-
 class EndToEnd(nn.Module):
     """Contrast queries with the batch's other keys, gradients into both: 1911.05722, figure 2a."""
 
@@ -228,7 +223,8 @@ class EndToEnd(nn.Module):
         """Return the loss of two views (N,3,S,S)."""
         q = embed(self.encoder_q, im_q)
         k = embed_shuffled(self.encoder_q, im_k, generator)
-        return info_nce(q, local_rows(k), k.T, self.T, ignore=positive_mask(k))
+        own = local_rows(torch.eye(len(k), dtype=torch.bool, device=k.device))  # (N,P·N)
+        return info_nce(q, local_rows(k), k.T, self.T, ignore=own)
 
 
 class MemoryBank(nn.Module):
@@ -268,11 +264,10 @@ class SimCLR(EndToEnd):
         z_q = embed(self.encoder_q, im_q)
         z_k = embed(self.encoder_q, im_k)
         all_q = all_gather(z_q)
-        all_k = all_gather(z_k)
-        # (2N,2·P·N): neither a query itself nor its key is a negative.
-        ignore = positive_mask(all_q).repeat(2, 2)
-        negatives = torch.cat([all_q, all_k]).T
-        return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), negatives, self.T, ignore)
+        negatives = torch.cat([all_q, all_gather(z_k)]).T
+        own = local_rows(torch.eye(len(all_q), dtype=torch.bool, device=all_q.device))  # (N,P·N)
+        own = own.repeat(2, 2)  # neither a query itself nor its key is a negative
+        return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), negatives, self.T, ignore=own)
 
 
 # ──────────────────────────────────────────── Encoder ─────────────────────────────────────────────
