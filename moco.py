@@ -389,17 +389,6 @@ def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -
     return torch.where(fits.any(1, keepdim=True), boxes.long(), center)
 
 
-def resize_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """Return matrices (N,size,pixels) that resize [start, start+length) of a line of pixels. start, length (N,1,1).
-    Bilinear with antialiasing: triangular weights, as wide to each side as an input or output pixel, the larger."""
-    pixel = torch.arange(pixels, device=start.device) + 0.5
-    pitch = length / size
-    center = start + pitch * (torch.arange(size, device=start.device)[:, None] + 0.5)
-    weights = (1 - (pixel - center).abs() / pitch.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > start) & (pixel < start + length))
-    return weights / weights.sum(2, keepdim=True)
-
-
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return rows (N,S,H) · x (N,3,H,W) · columnsᵀ (N,W,S) per channel: (N,3,S,S), in the dtype of x."""
     with torch.autocast(x.device.type, enabled=False):
@@ -408,11 +397,18 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut each image to its box (N,4) and resize it bilinearly to (N,3,size,size)."""
-    top, left, h, w = boxes[:, :, None, None].unbind(1)  # (N,1,1) each
-    rows = resize_matrix(top, h, x.shape[2], size)
-    columns = resize_matrix(left, w, x.shape[3], size)
-    return separable(x, rows, columns)
+    """Cut each image to its box (N,4) of top, left, h, w and resize it to (N,3,size,size): bilinear with antialiasing,
+    by triangular weights, as wide to each side as an input or output pixel, the larger."""
+    matrices = []  # (N,size,H) and (N,size,W)
+    for side in (0, 1):
+        start, length = boxes[:, side::2, None, None].unbind(1)  # (N,1,1) each: top and h, or left and w
+        pixel = torch.arange(x.shape[2 + side], device=x.device) + 0.5
+        pitch = length / size
+        center = start + pitch * (torch.arange(size, device=x.device)[:, None] + 0.5)
+        weights = (1 - (pixel - center).abs() / pitch.clamp(min=1)).clamp(min=0)
+        weights = weights * ((pixel > start) & (pixel < start + length))
+        matrices.append(weights / weights.sum(2, keepdim=True))
+    return separable(x, *matrices)
 
 
 def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
