@@ -330,22 +330,21 @@ class ResNetEncoder(nn.Module):
         kernel, stem_stride = STEMS[stem]
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
         channels = int(64 * width)  # into the next block
-        planes = channels  # in its 3×3 convolutions
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
         self.bn1 = norm(channels)
         self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, padding=1)
         for i, depth in enumerate(depths):
+            planes = int(64 * width) * 2**i  # in its 3×3 convolutions
+            out = planes * block.expansion
             layer = nn.Sequential()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                out = planes * block.expansion
                 shortcut = None
                 if out != channels:
                     shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))
                 layer.append(block(channels, planes, stride, shortcut, norm_layer=norm))
                 channels = out
             self.add_module(f"layer{i + 1}", layer)
-            planes *= 2
         self.feature_dim = channels
         self.fc = nn.Linear(channels, dim)
         if mlp:
