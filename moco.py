@@ -51,7 +51,6 @@ import torchvision
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 __version__ = "0.3.0"
@@ -87,8 +86,7 @@ def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def uniform(generator: Generator, n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return uniform numbers (n,*shape) in [0,1) for this rank's n images. Each rank draws for the global batch and
-    keeps its own rows, so results do not depend on the number of ranks."""
+    """Return uniform numbers (n,*shape) in [0,1): this rank's rows of what one process draws for the global batch."""
     return copy_to(local_rows(torch.rand(world_size() * n, *shape, generator=generator)), device)
 
 
@@ -102,7 +100,7 @@ class AllGather(torch.autograd.Function):
         return torch.cat(rows)
 
     @staticmethod
-    @once_differentiable  # all_reduce has no gradient: a second derivative is an error, not a wrong number
+    @torch.autograd.function.once_differentiable  # else a second derivative is a wrong number, not an error
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # all_reduce is in-place, and autograd may still need this gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
@@ -153,9 +151,8 @@ def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None
 
 class MoCo(nn.Module):
     """Contrast queries with a queue of keys from a momentum encoder: MoCo, 1911.05722, algorithm 1. encoder: any
-    module that maps a batch to (N,dim); it becomes encoder_q. encoder_k starts as an equal copy and gets no gradients.
-    queue (dim,K): unit columns, random at first. queue_ptr (1,) int64: column of the oldest key. In eval mode the loss
-    is computed, and neither queue nor encoder_k changes."""
+    module that maps a batch to (N,dim); encoder_k starts as its copy. queue (dim,K): unit columns, random at first.
+    queue_ptr (1,) int64: column of the oldest key. In eval mode, neither queue nor encoder_k changes."""
 
     def __init__(
         self,
@@ -193,8 +190,7 @@ class MoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, generator: Generator | None = None, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S) of the same images, then enqueue the keys. symmetric: add the loss
-        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. `train_step` passes
-        indices, too, which only MemoryBank uses."""
+        with the views exchanged and enqueue both batches of keys. generator: draws the shuffle. *_: for MemoryBank."""
         if self.training:
             self.momentum_update()
         q = embed(self.encoder_q, im_q)  # (N,C)
@@ -364,8 +360,7 @@ class ResNetEncoder(nn.Module):
 
 
 # ───────────────────────────────────────────── Views ──────────────────────────────────────────────
-# Images x are float (N,3,H,W) in [0,1]; parameters have one row per image. To select per image, torch.lerp
-# with weights 0 and 1 is used: on a CPU it is 20 times as fast as torch.where.
+# Images x are float (N,3,H,W) in [0,1]. lerp by 0 or 1 selects: on a CPU, 20 times as fast as torch.where.
 
 
 def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
