@@ -445,12 +445,12 @@ def gaussian_blur(x: Tensor, generator: Generator, low: float = 0.1, high: float
     """Blur square images (N,3,S,S), each by a sigma of its own from low to high pixels, with reflected borders. The
     kernel has 2·⌊S/20⌋ + 1 pixels, a tenth of the side: SimCLR, 2002.05709, appendix A."""
     sigma = low + (high - low) * uniform(generator, len(x), 1, device=x.device)
-    size = x.shape[-1]
-    offsets = torch.arange(-(size // 20), size // 20 + 1, device=x.device)
-    weights = (-0.5 * (offsets / sigma) ** 2).softmax(1)
-    pixel = (torch.arange(size, device=x.device)[:, None] + offsets).abs()  # reflected at 0
-    pixel = size - 1 - (size - 1 - pixel).abs()  # and at the other end
-    matrix = torch.einsum("nk,skp->nsp", weights, F.one_hot(pixel, size).to(weights))
+    radius = x.shape[-1] // 20
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    weights = (-0.5 * (offsets / sigma) ** 2).softmax(1)  # (N,k)
+    identity = torch.eye(x.shape[-1], device=x.device)[None]
+    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(2, len(offsets), 1)  # (1,S,S,k)
+    matrix = torch.einsum("nk,psk->nsp", weights, shifted[0])
     return separable(x, matrix, matrix)
 
 
