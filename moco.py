@@ -744,18 +744,15 @@ class Files:
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
         # One torch thread per worker; by default, torch would start a team of threads in each worker.
-        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
-        submitted = (pool.submit(read, *batch) for batch in plan)
-        ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
-        try:
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            submitted = (pool.submit(read, *batch) for batch in plan)
+            ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
             while ahead:
                 images, indices = ahead.pop(0).result()
                 ahead += itertools.islice(submitted, 1)
                 if self.device.type == "cuda":
                     images = images.pin_memory()  # else the copy waits for the device
                 yield copy_to(images, self.device), indices
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
