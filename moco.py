@@ -680,9 +680,8 @@ class Config:
     def __post_init__(self) -> None:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
-        splits = self.bn_splits
-        if self.batch_size % splits or self.batch_size < 2 * splits:
-            rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
+        if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
+            rule = f"must be a multiple of --bn-splits {self.bn_splits}, and at least twice that"
             raise UserError(f"--batch-size {self.batch_size}: {rule}")
         smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
         if self.size < smallest:
@@ -799,8 +798,7 @@ def cifar(config: Config, train: bool) -> tuple:
     try:
         split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
     except (OSError, RuntimeError) as error:
-        advice = "give --data shapes, or a folder of images"
-        raise UserError(f"--data {config.data}: not in --root, and no download ({error}); {advice}") from error
+        raise UserError(f"--data {config.data}: no download to --root ({error}); try --data shapes") from error
     finally:  # after an error, too: the other ranks wait for it
         if rank() == 0 and world_size() > 1:
             dist.barrier()
@@ -860,8 +858,7 @@ def load_folder(config: Config, device: torch.device) -> Data:
     root = config.data
     found = find_images(root) if os.path.isdir(root) else []
     if not found:
-        names = "none of cifar10, cifar100, shapes"
-        raise UserError(f"--data {root}: {names}, and no folder with images ({' '.join(SUFFIXES)})")
+        raise UserError(f"--data {root}: not cifar10, cifar100, shapes or a folder with images ({' '.join(SUFFIXES)})")
     tops = {path.split(os.sep)[0] + os.sep for path in found if os.sep in path}  # "train/a/x.png" → "train/"
     train_top = find_split(tops, "train")
     test_top = train_top and (find_split(tops, "val") or find_split(tops, "test"))

@@ -1266,9 +1266,9 @@ class TestData:
         assert data.description.endswith(no_knn + unread)
 
     @pytest.mark.parametrize("files, words", [
-        ("", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images (.avif"),
-        ("a/", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
-        ("a/.x/1", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
+        ("", "--data {0}: not cifar10, cifar100, shapes or a folder with images (.avif"),
+        ("a/", "--data {0}: not cifar10, cifar100, shapes or a folder with images"),
+        ("a/.x/1", "--data {0}: not cifar10, cifar100, shapes or a folder with images"),
         ("train/a/1 valid/a/2 validation/a/3", "--data: valid/ and validation/ fit equally well"),
         ("train/a/1 Train/a/2 val/a/3", "--data: Train/ and train/ fit equally well"),
         ("train/a/1 val/a/2 val/3", "--data: val/3.png is in none of the class folders to train on"),
