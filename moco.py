@@ -708,7 +708,7 @@ PRESETS = {
 # ────────────────────────────────────────────── Data ──────────────────────────────────────────────
 @dataclass
 class InMemory:
-    """Hold images uint8 (M,3,H,W) of one size, on the device, and labels (M,) int64, on the CPU, if any."""
+    """Hold images uint8 (M,3,H,W) of one size and labels (M,) int64, if any, on the device."""
 
     images: Tensor
     labels: Tensor | None
@@ -725,7 +725,7 @@ class InMemory:
 
 @dataclass
 class Files:
-    """Read images from files when needed, in threads: Pillow and torch release Python's lock. labels (M,), if any."""
+    """Read images from files when needed, in threads: Pillow and torch release Python's lock. labels as above."""
 
     paths: list[str]
     labels: Tensor | None
@@ -787,7 +787,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     if config.data not in ("shapes", "cifar10", "cifar100"):
         return load_folder(config, device)
     load = shapes if config.data == "shapes" else partial(cifar, config)
-    train, test = (InMemory(images.to(device), labels) for images, labels in map(load, (True, False)))
+    train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in map(load, (True, False)))
     return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
 
 
@@ -877,7 +877,7 @@ def load_folder(config: Config, device: torch.device) -> Data:
 
     def open_split(split: list) -> InMemory | Files:
         paths = [os.path.join(root, path) for path in split]
-        targets = torch.tensor([labels[path] for path in split]) if labels else None
+        targets = torch.tensor([labels[path] for path in split], device=device) if labels else None
         return read_small(Files(paths, targets, device, config.workers))
 
     return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
@@ -949,17 +949,16 @@ def accuracy(
     """Return the percentage of test images that kNN (or a linear classifier) gets right."""
     bank = extract_features(encoder, data.train, config, autocast, stop)
     features = extract_features(encoder, data.test, config, autocast, stop)
-    bank_labels = data.train.labels.to(bank.device)
-    labels = data.test.labels.to(bank.device)
-    classes = int(bank_labels.max()) + 1
+    labels = data.train.labels
+    classes = int(labels.max()) + 1
     if linear:
         std, mean = torch.std_mean(bank, 0)  # of the training split, for both splits
         std = std.clamp(min=1e-6)
-        classifier = fit_linear((bank - mean) / std, bank_labels, classes)
+        classifier = fit_linear((bank - mean) / std, labels, classes)
         predicted = classifier((features - mean) / std).argmax(1)
     else:
-        predicted = knn_predict(features, bank, bank_labels, classes, config.knn_k, config.knn_t)
-    return 100 * (predicted == labels).sum().item() / len(labels)
+        predicted = knn_predict(features, bank, labels, classes, config.knn_k, config.knn_t)
+    return 100 * (predicted == data.test.labels).sum().item() / len(predicted)
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────

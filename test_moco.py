@@ -1117,8 +1117,9 @@ class TestCuda:
         monkeypatch.setattr(moco, "write_picture", lambda path, groups: pictures.extend(groups))
         with fake_cuda(may_wait=True) as watch:
             encoder.to_empty(device="cuda")
-            data.train.device = torch.device("cuda")
-            data.test.device = torch.device("cuda")
+            for split in (data.train, data.test):
+                split.device = torch.device("cuda")
+                split.labels = split.labels.to("cuda")
             if not of_files:
                 data.train = moco.InMemory(fake_bytes(20, 3, 32, 32), data.train.labels)
                 data.test = moco.InMemory(fake_bytes(8, 3, 32, 32), data.test.labels)
