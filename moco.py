@@ -806,22 +806,19 @@ def cifar(config: Config, train: bool) -> tuple:
 
 
 def find_images(root: str) -> list[str]:
-    """Return the sorted paths, from root, of the images below it. Hidden files and folders are left out, links are
-    followed. Raises OSError for what cannot be read."""
+    """Return the sorted paths, from root, of all images below it but hidden ones. Follows links. Raises OSError."""
     found = []
     top = os.path.join(root, "")
     folders = [top]
-    # Links can form loops: no folder is read twice, and none above root.
-    visited = set(Path(root).resolve().parents)
+    visited = set(Path(root).resolve().parents)  # links can form loops: no folder is read twice, and none above root
     while folders:
         folder = folders.pop()  # a link only if no other is left: a folder is found before the links to it
         place = Path(folder).resolve()
         if place in visited:
             continue
         visited.add(place)
-        for entry in sorted(os.scandir(folder), key=lambda x: x.path):
-            if entry.name[0] == ".":
-                continue
+        visible = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        for entry in sorted(visible, key=lambda entry: entry.path):
             if entry.is_dir():
                 folders.insert(0 if entry.is_symlink() else len(folders), entry.path)
             # Regular files only: to read a named pipe is to wait for ever.
