@@ -757,6 +757,7 @@ class Files:
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+MEMORY = 2**30  # bytes: a split whose images have one size and take no more is kept in memory
 
 
 def read_image(path: str) -> Tensor:
@@ -875,22 +876,14 @@ def load_folder(config: Config, device: torch.device) -> Data:
     def open_split(split: list) -> InMemory | Files:
         paths = [os.path.join(root, path) for path in split]
         targets = torch.tensor([labels[path] for path in split], device=device) if labels else None
-        return read_small(Files(paths, targets, device, config.workers))
+        images = []
+        for path in paths:
+            images.append(read_image(path))
+            if images[-1].shape != images[0].shape or len(paths) * images[0].numel() > MEMORY:
+                return Files(paths, targets, device, config.workers)
+        return InMemory(torch.stack(images).to(device), targets)
 
     return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
-
-
-MEMORY = 2**30  # bytes
-
-
-def read_small(files: Files) -> InMemory | Files:
-    """Read files into memory if their images have one size and take up to MEMORY."""
-    images = []
-    for path in files.paths:
-        images.append(read_image(path))
-        if images[-1].shape != images[0].shape or len(files) * images[0].numel() > MEMORY:
-            return files
-    return InMemory(torch.stack(images).to(files.device), files.labels)
 
 
 def shapes(train: bool) -> tuple:
