@@ -785,11 +785,24 @@ class Data:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
-    if config.data not in ("shapes", "cifar10", "cifar100"):
-        return load_folder(config, device)
-    load = shapes if config.data == "shapes" else partial(cifar, config)
-    train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in map(load, (True, False)))
-    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
+    if config.data in ("shapes", "cifar10", "cifar100"):
+        load = shapes if config.data == "shapes" else partial(cifar, config)
+        train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in map(load, (True, False)))
+        return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
+
+    def open_split(split: list) -> InMemory | Files:
+        paths = [os.path.join(config.data, path) for path in split]
+        targets = torch.tensor([labels[path] for path in split], device=device) if labels else None
+        images = []
+        for path in paths:
+            images.append(read_image(path))
+            if images[-1].shape != images[0].shape or len(paths) * images[0].numel() > MEMORY:
+                return Files(paths, targets, device, config.workers)
+        return InMemory(torch.stack(images).to(device), targets)
+
+    train, test, labels, description = find_splits(config.data)
+    fingerprint = rng(*train, *test).initial_seed()  # a hash
+    return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
 
 
 def cifar(config: Config, train: bool) -> tuple:
@@ -828,62 +841,40 @@ def find_images(root: str) -> list[str]:
     return sorted(found)
 
 
-def find_split(tops: set[str], kind: str) -> str:
-    """Return the folder called `kind`, else the only one whose name begins so, else "". Raises UserError."""
-    exact = [top for top in tops if top.lower() == kind + os.sep]
-    fitting = sorted(exact or (top for top in tops if top.lower().startswith(kind)))
-    if len(fitting) > 1:
-        raise UserError(f"--data: {' and '.join(fitting)} fit equally well; rename all but one")
-    return "".join(fitting)
+def pick_folder(names: set[str], kind: str) -> str:
+    """Return the name `kind`, in any case, else the only one that begins so, else "". Raises UserError for several."""
+    fitting = sorted(name for name in names if name.lower().startswith(kind))
+    exact = [name for name in fitting if name.lower() == kind + os.sep]
+    if len(exact or fitting) > 1:
+        raise UserError(f"--data: {' and '.join(exact or fitting)} fit equally well; rename all but one")
+    return "".join(exact or fitting)
 
 
-def number_classes(train: list, test: list) -> dict:
-    """Return {path: label}, the number of its class folder among those of train, sorted; {} if no test image lies in
-    one. Raises UserError if some test image does, but not all images do."""
-    names = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test}
-    if all(labels[path] is None for path in test):
-        return {}
-    for path, label in labels.items():
-        if label is None:
-            raise UserError(f"--data: {path} is in none of the class folders to train on")
-    return labels
-
-
-def load_folder(config: Config, device: torch.device) -> Data:
-    """Find train/CLASS/* and a test split beside it; other trees have no labels. Raises UserError without images."""
-    root = config.data
+def find_splits(root: str) -> tuple:
+    """Return paths, from root, of the images to train and to test on, {path: label} and a description. A label is the
+    number of train/CLASS; where no test image lies in one, there is neither label nor test split. Raises UserError."""
     found = find_images(root) if os.path.isdir(root) else []
     if not found:
         raise UserError(f"--data {root}: not cifar10, cifar100, shapes or a folder with images ({' '.join(SUFFIXES)})")
     tops = {path.split(os.sep)[0] + os.sep for path in found if os.sep in path}  # "train/a/x.png" → "train/"
-    train_top = find_split(tops, "train")
-    test_top = train_top and (find_split(tops, "val") or find_split(tops, "test"))
+    train_top = pick_folder(tops, "train")
+    test_top = train_top and (pick_folder(tops, "val") or pick_folder(tops, "test"))
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-    labels = number_classes(train, test) if test else {}
-    description = f"{len(train)} images to train on in {train_top or root}, "
-    if labels:
-        description += f"{len(test)} to test on in {test_top}"
-    else:
-        test, test_top = [], ""
-        description += "no kNN: that needs train/CLASS/* and val/CLASS/*"
-    if train_top and (others := tops - {train_top, test_top}):
-        description += f"; not read: {' '.join(sorted(others))}"
-    fingerprint = rng(*train, *test).initial_seed()  # a hash
 
-    def open_split(split: list) -> InMemory | Files:
-        paths = [os.path.join(root, path) for path in split]
-        targets = torch.tensor([labels[path] for path in split], device=device) if labels else None
-        images = []
-        for path in paths:
-            images.append(read_image(path))
-            if images[-1].shape != images[0].shape or len(paths) * images[0].numel() > MEMORY:
-                return Files(paths, targets, device, config.workers)
-        return InMemory(torch.stack(images).to(device), targets)
+    classes = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test if test}
+    outside = [path for path in labels if labels[path] is None]
+    if set(test).issubset(outside):
+        test, test_top, labels = [], "", {}
+    elif outside:
+        raise UserError(f"--data: {outside[0]} is in none of the class folders to train on")
 
-    return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
+    testing = f"{len(test)} to test on in {test_top}" if test else "no kNN: that needs train/CLASS/* and val/CLASS/*"
+    others = sorted(tops - {train_top, test_top}) if train_top else []
+    unread = f"; not read: {' '.join(others)}" if others else ""
+    return train, test, labels, f"{len(train)} images to train on in {train_top or root}, {testing}{unread}"
 
 
 def shapes(train: bool) -> tuple:
