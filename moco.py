@@ -681,8 +681,7 @@ class Config:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
         if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
-            rule = f"must be a multiple of --bn-splits {self.bn_splits}, and at least twice that"
-            raise UserError(f"--batch-size {self.batch_size}: {rule}")
+            raise UserError(f"--batch-size {self.batch_size}: must be 2, 3, 4 … times --bn-splits {self.bn_splits}")
         smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
         if self.size < smallest:
             raise UserError(f"--size {self.size}: --stem {self.stem} needs at least {smallest}")
@@ -769,8 +768,7 @@ def read_image(path: str) -> Tensor:
             return tvf.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged bytes can cause any
         cause = str(error).replace(repr(path), "").split("\n")[0].strip(": ")
-        advice = "replace the image, or remove it and start again: --resume needs the same images"
-        raise UserError(f"{path}: cannot be read ({cause}); {advice}") from error
+        raise UserError(f"{path}: cannot be read ({cause}); replace or remove it (then without --resume)") from error
 
 
 @dataclass
