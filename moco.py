@@ -649,10 +649,8 @@ class Config:
     def __post_init__(self) -> None:
         for x in fields(self):  # to the default's type: checkpoints hold plain values, no np.int64
             setattr(self, x.name, type(x.default)(getattr(self, x.name)))
-        splits = self.bn_splits
-        if self.batch_size % splits or self.batch_size < 2 * splits:
-            rule = f"must be a multiple of --bn-splits {splits}, and at least twice that"
-            raise UserError(f"--batch-size {self.batch_size}: {rule}")
+        if self.batch_size % self.bn_splits or self.batch_size < 2 * self.bn_splits:
+            raise UserError(f"--batch-size {self.batch_size}: must be 2, 3, 4 … times --bn-splits {self.bn_splits}")
         smallest = 9 if self.stem == "cifar" else 33  # else layer4 has 1×1 maps, on which oneDNN's bf16 fails
         if self.size < smallest:
             raise UserError(f"--size {self.size}: --stem {self.stem} needs at least {smallest}")
@@ -678,7 +676,7 @@ PRESETS = {
 # ────────────────────────────────────────────── Data ──────────────────────────────────────────────
 @dataclass
 class InMemory:
-    """Hold images uint8 (M,3,H,W) of one size, on the device, and labels (M,) int64, on the CPU, if any."""
+    """Hold images uint8 (M,3,H,W) of one size and labels (M,) int64, if any, on the device."""
 
     images: Tensor
     labels: Tensor | None
@@ -695,7 +693,7 @@ class InMemory:
 
 @dataclass
 class Files:
-    """Read images from files when needed, in threads: Pillow and torch release Python's lock. labels (M,), if any."""
+    """Read images from files when needed, in threads: Pillow and torch release Python's lock. labels as above."""
 
     paths: list[str]
     labels: Tensor | None
@@ -713,23 +711,21 @@ class Files:
             return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
 
         # One torch thread per worker; by default, torch would start a team of threads in each worker.
-        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,))
-        submitted = (pool.submit(read, *batch) for batch in plan)
-        ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
-        try:
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            submitted = (pool.submit(read, *batch) for batch in plan)
+            ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
             while ahead:
                 images, indices = ahead.pop(0).result()
                 ahead += itertools.islice(submitted, 1)
                 if self.device.type == "cuda":
                     images = images.pin_memory()  # else the copy waits for the device
                 yield copy_to(images, self.device), indices
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+MEMORY = 2**30  # bytes: a split whose images have one size and take no more is kept in memory
 
 
 def read_image(path: str) -> Tensor:
@@ -741,8 +737,7 @@ def read_image(path: str) -> Tensor:
             return tvf.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged bytes can cause any
         cause = str(error).replace(repr(path), "").split("\n")[0].strip(": ")
-        advice = "replace the image, or remove it and start again: --resume needs the same images"
-        raise UserError(f"{path}: cannot be read ({cause}); {advice}") from error
+        raise UserError(f"{path}: cannot be read ({cause}); replace or remove it (then without --resume)") from error
 
 
 @dataclass
@@ -757,11 +752,24 @@ class Data:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
-    if config.data not in ("shapes", "cifar10", "cifar100"):
-        return load_folder(config, device)
-    load = shapes if config.data == "shapes" else partial(cifar, config)
-    train, test = (InMemory(images.to(device), labels) for images, labels in map(load, (True, False)))
-    return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
+    if config.data in ("shapes", "cifar10", "cifar100"):
+        load = shapes if config.data == "shapes" else partial(cifar, config)
+        train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in map(load, (True, False)))
+        return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
+
+    def open_split(split: list) -> InMemory | Files:
+        paths = [os.path.join(config.data, path) for path in split]
+        targets = torch.tensor([labels[path] for path in split], device=device) if labels else None
+        images = []
+        for path in paths:
+            images.append(read_image(path))
+            if images[-1].shape != images[0].shape or len(paths) * images[0].numel() > MEMORY:
+                return Files(paths, targets, device, config.workers)
+        return InMemory(torch.stack(images).to(device), targets)
+
+    train, test, labels, description = find_splits(config.data)
+    fingerprint = rng(*train, *test).initial_seed()  # a hash
+    return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
 
 
 def cifar(config: Config, train: bool) -> tuple:
@@ -771,8 +779,7 @@ def cifar(config: Config, train: bool) -> tuple:
     try:
         split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
     except (OSError, RuntimeError) as error:
-        advice = "give --data shapes, or a folder of images"
-        raise UserError(f"--data {config.data}: not in --root, and no download ({error}); {advice}") from error
+        raise UserError(f"--data {config.data}: no download to --root ({error}); try --data shapes") from error
     finally:  # after an error, too: the other ranks wait for it
         if rank() == 0 and world_size() > 1:
             dist.barrier()
@@ -780,22 +787,19 @@ def cifar(config: Config, train: bool) -> tuple:
 
 
 def find_images(root: str) -> list[str]:
-    """Return the sorted paths, from root, of the images below it. Hidden files and folders are left out, links are
-    followed. Raises OSError for what cannot be read."""
+    """Return the sorted paths, from root, of all images below it but hidden ones. Follows links. Raises OSError."""
     found = []
     top = os.path.join(root, "")
     folders = [top]
-    # Links can form loops: no folder is read twice, and none above root.
-    visited = set(Path(root).resolve().parents)
+    visited = set(Path(root).resolve().parents)  # links can form loops: no folder is read twice, and none above root
     while folders:
         folder = folders.pop()  # a link only if no other is left: a folder is found before the links to it
         place = Path(folder).resolve()
         if place in visited:
             continue
         visited.add(place)
-        for entry in sorted(os.scandir(folder), key=lambda x: x.path):
-            if entry.name[0] == ".":
-                continue
+        visible = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        for entry in sorted(visible, key=lambda entry: entry.path):
             if entry.is_dir():
                 folders.insert(0 if entry.is_symlink() else len(folders), entry.path)
             # Regular files only: to read a named pipe is to wait for ever.
@@ -804,71 +808,40 @@ def find_images(root: str) -> list[str]:
     return sorted(found)
 
 
-def find_split(tops: set[str], kind: str) -> str:
-    """Return the folder called `kind`, else the only one whose name begins so, else "". Raises UserError."""
-    exact = [top for top in tops if top.lower() == kind + os.sep]
-    fitting = sorted(exact or (top for top in tops if top.lower().startswith(kind)))
-    if len(fitting) > 1:
-        raise UserError(f"--data: {' and '.join(fitting)} fit equally well; rename all but one")
-    return "".join(fitting)
+def pick_folder(names: set[str], kind: str) -> str:
+    """Return the name `kind`, in any case, else the only one that begins so, else "". Raises UserError for several."""
+    fitting = sorted(name for name in names if name.lower().startswith(kind))
+    exact = [name for name in fitting if name.lower() == kind + os.sep]
+    if len(exact or fitting) > 1:
+        raise UserError(f"--data: {' and '.join(exact or fitting)} fit equally well; rename all but one")
+    return "".join(exact or fitting)
 
 
-def number_classes(train: list, test: list) -> dict:
-    """Return {path: label}, the number of its class folder among those of train, sorted; {} if no test image lies in
-    one. Raises UserError if some test image does, but not all images do."""
-    names = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test}
-    if all(labels[path] is None for path in test):
-        return {}
-    for path, label in labels.items():
-        if label is None:
-            raise UserError(f"--data: {path} is in none of the class folders to train on")
-    return labels
-
-
-def load_folder(config: Config, device: torch.device) -> Data:
-    """Find train/CLASS/* and a test split beside it; other trees have no labels. Raises UserError without images."""
-    root = config.data
+def find_splits(root: str) -> tuple:
+    """Return paths, from root, of the images to train and to test on, {path: label} and a description. A label is the
+    number of train/CLASS; where no test image lies in one, there is neither label nor test split. Raises UserError."""
     found = find_images(root) if os.path.isdir(root) else []
     if not found:
-        names = "none of cifar10, cifar100, shapes"
-        raise UserError(f"--data {root}: {names}, and no folder with images ({' '.join(SUFFIXES)})")
+        raise UserError(f"--data {root}: not cifar10, cifar100, shapes or a folder with images ({' '.join(SUFFIXES)})")
     tops = {path.split(os.sep)[0] + os.sep for path in found if os.sep in path}  # "train/a/x.png" → "train/"
-    train_top = find_split(tops, "train")
-    test_top = train_top and (find_split(tops, "val") or find_split(tops, "test"))
+    train_top = pick_folder(tops, "train")
+    test_top = train_top and (pick_folder(tops, "val") or pick_folder(tops, "test"))
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-    labels = number_classes(train, test) if test else {}
-    description = f"{len(train)} images to train on in {train_top or root}, "
-    if labels:
-        description += f"{len(test)} to test on in {test_top}"
-    else:
-        test, test_top = [], ""
-        description += "no kNN: that needs train/CLASS/* and val/CLASS/*"
-    if train_top and (others := tops - {train_top, test_top}):
-        description += f"; not read: {' '.join(sorted(others))}"
-    fingerprint = rng(*train, *test).initial_seed()  # a hash
 
-    def open_split(split: list) -> InMemory | Files:
-        paths = [os.path.join(root, path) for path in split]
-        targets = torch.tensor([labels[path] for path in split]) if labels else None
-        return read_small(Files(paths, targets, device, config.workers))
+    classes = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test if test}
+    outside = [path for path in labels if labels[path] is None]
+    if set(test).issubset(outside):
+        test, test_top, labels = [], "", {}
+    elif outside:
+        raise UserError(f"--data: {outside[0]} is in none of the class folders to train on")
 
-    return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
-
-
-MEMORY = 2**30  # bytes
-
-
-def read_small(files: Files) -> InMemory | Files:
-    """Read files into memory if their images have one size and take up to MEMORY."""
-    images = []
-    for path in files.paths:
-        images.append(read_image(path))
-        if images[-1].shape != images[0].shape or len(files) * images[0].numel() > MEMORY:
-            return files
-    return InMemory(torch.stack(images).to(files.device), files.labels)
+    testing = f"{len(test)} to test on in {test_top}" if test else "no kNN: that needs train/CLASS/* and val/CLASS/*"
+    others = sorted(tops - {train_top, test_top}) if train_top else []
+    unread = f"; not read: {' '.join(others)}" if others else ""
+    return train, test, labels, f"{len(train)} images to train on in {train_top or root}, {testing}{unread}"
 
 
 def shapes(train: bool) -> tuple:
@@ -924,17 +897,16 @@ def accuracy(
     """Return the percentage of test images that kNN (or a linear classifier) gets right."""
     bank = extract_features(encoder, data.train, config, autocast, stop)
     features = extract_features(encoder, data.test, config, autocast, stop)
-    bank_labels = data.train.labels.to(bank.device)
-    labels = data.test.labels.to(bank.device)
-    classes = int(bank_labels.max()) + 1
+    labels = data.train.labels
+    classes = int(labels.max()) + 1
     if linear:
         std, mean = torch.std_mean(bank, 0)  # of the training split, for both splits
         std = std.clamp(min=1e-6)
-        classifier = fit_linear((bank - mean) / std, bank_labels, classes)
+        classifier = fit_linear((bank - mean) / std, labels, classes)
         predicted = classifier((features - mean) / std).argmax(1)
     else:
-        predicted = knn_predict(features, bank, bank_labels, classes, config.knn_k, config.knn_t)
-    return 100 * (predicted == labels).sum().item() / len(labels)
+        predicted = knn_predict(features, bank, labels, classes, config.knn_k, config.knn_t)
+    return 100 * (predicted == data.test.labels).sum().item() / len(predicted)
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────

@@ -1028,7 +1028,8 @@ def fake_bytes(*shape):
 
 
 def no_threads(*_, **__):  # for other threads do not know the fake tensors of this one
-    return types.SimpleNamespace(submit=lambda *call: types.SimpleNamespace(result=partial(*call)), shutdown=Mock())
+    pool = types.SimpleNamespace(submit=lambda *call: types.SimpleNamespace(result=partial(*call)))
+    return contextlib.nullcontext(pool)
 
 
 @pytest.fixture
@@ -1116,8 +1117,9 @@ class TestCuda:
         monkeypatch.setattr(moco, "write_picture", lambda path, groups: pictures.extend(groups))
         with fake_cuda(may_wait=True) as watch:
             encoder.to_empty(device="cuda")
-            data.train.device = torch.device("cuda")
-            data.test.device = torch.device("cuda")
+            for split in (data.train, data.test):
+                split.device = torch.device("cuda")
+                split.labels = split.labels.to("cuda")
             if not of_files:
                 data.train = moco.InMemory(fake_bytes(20, 3, 32, 32), data.train.labels)
                 data.test = moco.InMemory(fake_bytes(8, 3, 32, 32), data.test.labels)
@@ -1149,8 +1151,8 @@ class TestConfig:
         assert [type(x) for x in options.values()] == [type(x) for x in defaults.values()]
 
     @pytest.mark.parametrize("options, words", [
-        (dict(batch_size=20), "--batch-size 20: must be a multiple of --bn-splits 8"),
-        (dict(batch_size=8), "--batch-size 8: must be a multiple of --bn-splits 8, and at least twice that"),
+        (dict(batch_size=20), "--batch-size 20: must be 2, 3, 4 … times --bn-splits 8"),
+        (dict(batch_size=8), "--batch-size 8: must be 2, 3, 4 … times --bn-splits 8"),
         (dict(size=8), "--size 8: --stem cifar needs at least 9"),
         (dict(size=32, stem="imagenet"), "--size 32: --stem imagenet needs at least 33"),
         (dict(size=9), ""), (dict(size=33, stem="imagenet"), ""), (dict(batch_size=16), ""),
@@ -1265,9 +1267,9 @@ class TestData:
         assert data.description.endswith(no_knn + unread)
 
     @pytest.mark.parametrize("files, words", [
-        ("", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images (.avif"),
-        ("a/", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
-        ("a/.x/1", "--data {0}: none of cifar10, cifar100, shapes, and no folder with images"),
+        ("", "--data {0}: not cifar10, cifar100, shapes or a folder with images (.avif"),
+        ("a/", "--data {0}: not cifar10, cifar100, shapes or a folder with images"),
+        ("a/.x/1", "--data {0}: not cifar10, cifar100, shapes or a folder with images"),
         ("train/a/1 valid/a/2 validation/a/3", "--data: valid/ and validation/ fit equally well"),
         ("train/a/1 Train/a/2 val/a/3", "--data: Train/ and train/ fit equally well"),
         ("train/a/1 val/a/2 val/3", "--data: val/3.png is in none of the class folders to train on"),
@@ -1367,7 +1369,7 @@ class TestData:
         data = load_folder(folder)
         bad = folder / "train" / "dark" / "0.png"
         change(bad)
-        advice = "replace the image, or remove it and start again: --resume needs the same images"
+        advice = r"replace or remove it \(then without --resume\)"
         with pytest.raises(UserError, match=rf"\A{bad}: cannot be read \([^/\n]*{cause}[^/\n]*\); {advice}\Z"):
             batch_of(data.train, list(range(20)), Augment().evaluation_view)
 
