@@ -978,21 +978,30 @@ def check_out(path: str, may_exist: bool) -> None:
         raise UserError(f"{path}: exists already; give --overwrite, another name or, to continue a run, --resume")
 
 
+@contextlib.contextmanager
+def explain(what: str) -> Iterator:
+    """Make any error in a block a UserError of one line: what is wrong, and the cause."""
+    try:
+        yield
+    except Exception as error:  # damaged bytes can cause any
+        cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
+        message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
+        raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
+
+
 def write_file(path: str, content: bytes) -> None:
     """Write atomically: readers see the old file or the new one. Raises UserError if it fails."""
     target = os.path.realpath(path)  # a link stays a link
     temporary = f"{target}.{os.urandom(4).hex()}.tmp"  # unique: two runs may write one path
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); the old file, if any, is kept") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            os.remove(temporary)
+    with explain(f"{path}: not written; the old file, if any, is kept"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is gone if all went well
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
@@ -1000,13 +1009,6 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
     buffer = io.BytesIO()  # to a path, torch.save hides what is wrong with a disk
     torch.save(checkpoint, buffer)
     write_file(path, buffer.getbuffer())
-
-
-def cause_of(error: Exception) -> str:
-    """Return an error's kind and message in a line."""
-    error = error.__context__ or error  # the original, if torch wrapped it in a page of advice
-    message = str(error).split("\n")[0].partition(" Please use")[0]  # torch's advice
-    return f"{type(error).__name__}: {message}"
 
 
 def tensors_of(checkpoint: dict) -> dict:
@@ -1031,7 +1033,7 @@ def check_tensors(tensors: dict, expected: dict) -> None:
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" keeps the known
     options except RUNTIME. Raises UserError for a file that is missing, damaged or no checkpoint."""
-    try:
+    with explain(f"{path}: not a checkpoint"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
                 odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())  # 16: a folder
@@ -1044,8 +1046,6 @@ def load_checkpoint(path: str) -> dict:
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
         Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises for values that Config or RECIPES lacks
-    except Exception as error:  # damaged bytes can cause any
-        raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
 
 
@@ -1053,7 +1053,7 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
     """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights, whose prefixes
     `module.` and `_orig_mod.` (of torch.compile) are optional. Raises UserError if they fit no ResNetEncoder."""
     weights = {}
-    try:
+    with explain(f"{path}: encoder_q is not one of {', '.join(ARCHS)}"):
         for name, x in checkpoint["state_dict"].items():
             if name := str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]:
                 weights[name] = x
@@ -1065,8 +1065,6 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
             encoder = ResNetEncoder(checkpoint["arch"], dim, mlp, bn_splits=1, stem=stem, width=channels / 64)
         check_tensors(weights, encoder.state_dict())
         encoder.load_state_dict(weights, assign=True)
-    except Exception as error:  # damaged bytes can cause any
-        raise UserError(f"{path}: encoder_q is not one of {', '.join(ARCHS)} ({cause_of(error)})") from error
     return encoder.eval()
 
 
@@ -1080,11 +1078,9 @@ def pick_device(config: Config) -> tuple:
     name = config.device.replace("auto", available[0])
     if name not in available:
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
-    try:
+    with explain("WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe no processes"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    except (ValueError, dist.DistError) as error:
-        raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {cause_of(error)}") from error
     device = torch.device(name)
     fast = False
     if name == "cuda":
@@ -1212,7 +1208,7 @@ class Run:
             old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
             if (name not in FREE and value != old) or (name == "epochs" and value < old):
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
-        try:
+        with explain(f"--resume: {self.config.out} does not fit this run"):
             if checkpoint["fingerprint"] != own["fingerprint"]:
                 raise ValueError(f"--data {self.config.data} has other images")
             saved = tensors_of(checkpoint)
@@ -1223,8 +1219,6 @@ class Run:
             self.rows = checkpoint["rows"]
             self.began -= checkpoint["seconds"]
             self.go_to(checkpoint["step"])
-        except Exception as error:
-            raise UserError(f"--resume: {self.config.out} does not fit this run ({cause_of(error)})") from error
 
     def train(self, stop: Callable = bool) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
@@ -1514,7 +1508,7 @@ def main(argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # on a CPU, torch has no class for it
             raise
-        line = f"too little memory ({cause_of(error)}); smaller images, batches or encoders take less"
+        line = "too little memory; smaller images, batches or encoders take less"
     finally:
         if world_size() > 1:
             dist.destroy_process_group()

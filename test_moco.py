@@ -1624,7 +1624,7 @@ class TestCheckpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         else:
             monkeypatch.setattr(os, moment, Mock(side_effect=OSError(27, "File too large")))
-        with pytest.raises(UserError, match=f"^{path}: not written .File too large.; the old file, if any, is kept$"):
+        with pytest.raises(UserError, match=f"^{path}: not written; the old file, if any, is kept .*File too large.$"):
             moco.save_checkpoint(str(path), {"step": torch.zeros(10_000)})
         assert torch.load(path) == {"step": 1}
         assert os.listdir(tmp_path) == ["c.pt"]
@@ -1762,7 +1762,7 @@ class TestDevice:
         monkeypatch.setenv("WORLD_SIZE", number)
         for name in ("RANK", "MASTER_ADDR"):
             monkeypatch.delenv(name, raising=False)
-        with pytest.raises(UserError, match="^WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: "):
+        with pytest.raises(UserError, match="^WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT "):
             moco.pick_device(Config(device="cpu"))
 
     @pytest.mark.parametrize("precision, fast, bf16", [("auto", 1, 1), ("auto", 0, 0), ("bf16", 0, 1), ("fp32", 1, 0)])
