@@ -1050,13 +1050,11 @@ def load_checkpoint(path: str) -> dict:
 
 
 def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
-    """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights, whose prefixes
-    `module.` and `_orig_mod.` (of torch.compile) are optional. Raises UserError if they fit no ResNetEncoder."""
-    weights = {}
+    """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights; the prefix
+    `module.` is optional. Raises UserError if they fit no ResNetEncoder."""
     with explain(f"{path}: encoder_q is not one of {', '.join(ARCHS)}"):
-        for name, x in checkpoint["state_dict"].items():
-            if name := str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]:
-                weights[name] = x
+        named = checkpoint["state_dict"].items()
+        weights = {name.partition("encoder_q.")[2]: x for name, x in named if "encoder_q." in name}
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem = "cifar" if kernel == 3 else "imagenet"
         mlp = "fc.0.weight" in weights
