@@ -1068,23 +1068,19 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
 def pick_device(config: Config) -> tuple:
-    """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE,
-    RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. On a CPU, malloc keeps freed memory from now on.
-    Raises UserError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name in found if found[name]]  # the best first
-    name = config.device.replace("auto", available[0])
-    if name not in available:
+    """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE and
+    torchrun's other variables describe. On a CPU, malloc keeps freed memory from now on. Raises UserError."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = config.device.replace("auto", best)
+    if name not in (best, "cpu"):
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
     with explain("WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe no processes"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    device = torch.device(name)
     fast = False
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", rank()))
-        device = torch.device(name, local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
@@ -1093,7 +1089,7 @@ def pick_device(config: Config) -> tuple:
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     precision = config.precision.replace("auto", "bf16" if fast else "fp32")
-    return device, precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
+    return torch.device(name), precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
 
 def build_model(config: Config, num_images: int) -> nn.Module:

@@ -1723,10 +1723,11 @@ class TestOptimization:
 
 class TestDevice:
     @pytest.mark.parametrize("cuda, mps, asked, environment, expected", [
-        (1, 1, "auto", {}, "cuda:0"), (0, 1, "auto", {}, "mps"), (0, 0, "auto", {}, "cpu"), (1, 1, "cpu", {}, "cpu"),
-        (1, 0, "mps", {}, None), (0, 1, "cuda", {}, None), (1, 0, "auto", dict(WORLD_SIZE="1"), "cuda:0"),
-        (1, 0, "auto", dict(WORLD_SIZE="8", LOCAL_RANK="3"), "cuda:3"),  # as torchrun says
-        (1, 0, "auto", dict(WORLD_SIZE="8"), "cuda:2"), (1, 0, "cpu", dict(WORLD_SIZE="8"), "cpu"),
+        (1, 1, "auto", {}, ("cuda", 0)), (0, 1, "auto", {}, ("mps",)), (0, 0, "auto", {}, ("cpu",)),
+        (1, 1, "cpu", {}, ("cpu",)), (1, 0, "mps", {}, None), (0, 1, "cuda", {}, None),
+        (1, 0, "auto", dict(WORLD_SIZE="1"), ("cuda", 0)), (1, 0, "cpu", dict(WORLD_SIZE="8"), ("cpu",)),
+        (1, 0, "auto", dict(WORLD_SIZE="8", LOCAL_RANK="3"), ("cuda", 3)),  # as torchrun says
+        (1, 0, "auto", dict(WORLD_SIZE="8"), ("cuda", 2)),
     ])  # fmt: skip
     def test_auto_is_cuda_else_mps_else_the_cpu_and_processes_are_found_by_world_size(
         self, monkeypatch, cuda, mps, asked, environment, expected
@@ -1748,10 +1749,9 @@ class TestDevice:
         with contextlib.nullcontext() if expected else refused:
             device, precision, _ = moco.pick_device(Config(device=asked))
             on_cuda = device.type == "cuda"
-            assert str(device) == expected
-            assert chosen == [device] * on_cuda
+            assert (device.type, *chosen) == expected
             assert joined == ["cpu:gloo,cuda:nccl" if on_cuda else "gloo"] * (environment.get("WORLD_SIZE") == "8")
-            assert expected == "cpu" or precision == "fp32"  # bf16 that is emulated is slow
+            assert device.type == "cpu" or precision == "fp32"  # bf16 that is emulated is slow
 
     @pytest.mark.parametrize("number", ["2", "two"])
     def test_processes_that_cannot_join_are_an_error_that_names_the_variables(self, monkeypatch, number):
