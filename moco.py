@@ -1093,21 +1093,16 @@ def pick_device(config: Config) -> tuple:
 
 
 def build_model(config: Config, num_images: int) -> nn.Module:
-    """Return the model of a configuration, with weights from its seed."""
+    """Return the model of a configuration, with weights from its seed, by which torch's own numbers begin anew."""
+    torch.manual_seed(config.seed)
     dim, K, T = config.moco_dim, config.moco_k, config.moco_t
     splits = config.bn_splits // world_size()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)  # not CUDA's
-        encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
-        match config.method:
-            case "moco":
-                return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
-            case "end-to-end":
-                return EndToEnd(encoder, T)
-            case "memory-bank":
-                return MemoryBank(encoder, num_images, dim, K, T=T)
-            case "simclr":
-                return SimCLR(encoder, T)
+    encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
+    if config.method == "moco":
+        return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
+    if config.method == "memory-bank":
+        return MemoryBank(encoder, num_images, dim, K, T=T)
+    return SimCLR(encoder, T) if config.method == "simclr" else EndToEnd(encoder, T)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
