@@ -1011,13 +1011,6 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
     write_file(path, buffer.getbuffer())
 
 
-def tensors_of(checkpoint: dict) -> dict:
-    """Return all tensors of a checkpoint that training changes, by name."""
-    state = checkpoint["optimizer"]["state"]
-    momentum = {f"momentum of parameter {i}": x["momentum_buffer"] for i, x in state.items()}
-    return checkpoint["state_dict"] | momentum | {"losses": checkpoint["losses"]}
-
-
 def check_tensors(tensors: dict, expected: dict) -> None:
     """Raise ValueError unless tensors have the names, shapes and dtypes expected, and are finite."""
     if tensors.keys() != expected.keys():
@@ -1155,13 +1148,11 @@ class Run:
         if config.compile:
             for encoder in self.model.children():
                 encoder.compile()
-        parameters = list(self.model.encoder_q.parameters())
+        parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=config.wd, fused=True)
-        for weight in parameters:  # now, not in the first step: every checkpoint then has the same tensors
-            self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.crop, self.two_views = training_crops(self.data.train, config)
         self.steps_per_epoch = num_images // config.batch_size
-        self.go_to(0)
+        self.step = 0
         self.rows = []
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
@@ -1181,7 +1172,7 @@ class Run:
             "epoch": self.step // self.steps_per_epoch,
             "step": self.step,
             "arch": self.config.arch,
-            "state_dict": {f"module.{name}": x for name, x in self.model.state_dict().items()},
+            "state_dict": self.model.state_dict(prefix="module."),
             "optimizer": self.optimizer.state_dict(),
             "config": asdict(self.config),
             "fingerprint": self.data.fingerprint,
@@ -1200,14 +1191,15 @@ class Run:
         with explain(f"--resume: {self.config.out} does not fit this run"):
             if checkpoint["fingerprint"] != own["fingerprint"]:
                 raise ValueError(f"--data {self.config.data} has other images")
-            saved = tensors_of(checkpoint)
-            tensors = tensors_of(own)  # not copies: to fill them restores the run
-            check_tensors(saved, tensors)
-            for name, x in tensors.items():
-                x.copy_(saved[name])
+            check_tensors(checkpoint["state_dict"], own["state_dict"])
+            for name, x in own["state_dict"].items():  # not copies: to fill them restores the model
+                x.copy_(checkpoint["state_dict"][name])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.param_groups[0]["weight_decay"] = self.config.wd
+            self.losses.copy_(checkpoint["losses"])
             self.rows = checkpoint["rows"]
+            self.step = checkpoint["step"]
             self.began -= checkpoint["seconds"]
-            self.go_to(checkpoint["step"])
 
     def train(self, stop: Callable = bool) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
@@ -1233,15 +1225,11 @@ class Run:
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
         """Train on a batch with the learning rate and the random numbers of the step."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.steps_per_epoch)
         generator = rng("step", self.config.seed, self.step)
         loss = train_step(self.ddp_model, self.optimizer, self.two_views, images, generator, indices, self.autocast)
         self.losses[self.step % self.steps_per_epoch] = all_gather(loss[None]).mean()
-        self.go_to(self.step + 1)
-
-    def go_to(self, step: int) -> None:
-        """Make `step` the next one, with its learning rate."""
-        self.step = step
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step / self.steps_per_epoch)
+        self.step += 1
 
     def end_epoch(self, stop: Callable) -> dict | None:
         """Append and return the row of an epoch that has ended, with kNN if due. Raises Stopped once stop() is true."""
@@ -1280,7 +1268,7 @@ class Run:
         """Write checkpoint and .csv, on rank 0. Raises UserError if a number is not finite."""
         self.average_statistics()
         checkpoint = self.checkpoint()
-        if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
+        if not all(x.isfinite().all() for x in (self.losses, *checkpoint["state_dict"].values())):
             raise UserError(f"loss or weights not finite after step {self.step}; use a lower --lr or --precision fp32")
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
