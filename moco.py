@@ -1166,33 +1166,18 @@ class Run:
             self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
             self.ddp_model.broadcast_buffers = False  # each rank keeps its own; as an argument it is deprecated
 
-    def checkpoint(self) -> dict:
-        """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
-        return {
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            "arch": self.config.arch,
-            "state_dict": self.model.state_dict(prefix="module."),
-            "optimizer": self.optimizer.state_dict(),
-            "config": asdict(self.config),
-            "fingerprint": self.data.fingerprint,
-            "losses": self.losses,
-            "rows": self.rows,
-            "seconds": time.monotonic() - self.began,
-        }
-
     def restore(self, checkpoint: dict) -> None:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
-        own = self.checkpoint()
-        for name, value in own["config"].items():
+        for name, value in asdict(self.config).items():
             old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
             if (name not in FREE and value != old) or (name == "epochs" and value < old):
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
         with explain(f"--resume: {self.config.out} does not fit this run"):
-            if checkpoint["fingerprint"] != own["fingerprint"]:
+            if checkpoint["fingerprint"] != self.data.fingerprint:
                 raise ValueError(f"--data {self.config.data} has other images")
-            check_tensors(checkpoint["state_dict"], own["state_dict"])
-            for name, x in own["state_dict"].items():  # not copies: to fill them restores the model
+            weights = self.model.state_dict(prefix="module.")  # not copies: to fill them restores the model
+            check_tensors(checkpoint["state_dict"], weights)
+            for name, x in weights.items():
                 x.copy_(checkpoint["state_dict"][name])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.optimizer.param_groups[0]["weight_decay"] = self.config.wd
@@ -1242,7 +1227,7 @@ class Run:
         knn = None
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test is not None:
-            self.average_statistics()
+            self.save()  # a run that ends during kNN loses nothing, and all ranks have the same statistics
             encoder = self.model.encoder_q
             knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1))
             encoder.train()
@@ -1258,18 +1243,26 @@ class Run:
             return False
         return bool(all_gather(torch.tensor([bool(flag)])).any())
 
-    def average_statistics(self) -> None:
-        """Give all ranks the mean of their BatchNorm statistics, as one process with all groups has it."""
-        for name, statistic in self.model.named_buffers():
-            if "running_" in name:
-                statistic.copy_(all_gather(statistic[None]).mean(0))
-
     def save(self) -> None:
         """Write checkpoint and .csv, on rank 0. Raises UserError if a number is not finite."""
-        self.average_statistics()
-        checkpoint = self.checkpoint()
-        if not all(x.isfinite().all() for x in (self.losses, *checkpoint["state_dict"].values())):
+        for name, statistic in self.model.named_buffers():
+            if "running_" in name:  # of BatchNorm: the mean of all ranks, as one process with all groups has it
+                statistic.copy_(all_gather(statistic[None]).mean(0))
+        weights = self.model.state_dict(prefix="module.")
+        if not all(x.isfinite().all() for x in (self.losses, *weights.values())):
             raise UserError(f"loss or weights not finite after step {self.step}; use a lower --lr or --precision fp32")
+        checkpoint = {
+            "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "arch": self.config.arch,
+            "state_dict": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "config": asdict(self.config),
+            "fingerprint": self.data.fingerprint,
+            "losses": self.losses,
+            "rows": self.rows,
+            "seconds": time.monotonic() - self.began,
+        }
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()

@@ -1871,7 +1871,7 @@ class TestRun:
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-MOMENTS = ["open c.pt", "replace c.pt", "open c.csv", "replace c.csv"]  # of save 0, 1, 2, …, after as many steps
+MOMENTS = ["open c.pt", "replace c.pt", "open c.csv", "replace c.csv"]  # of save 0, 1, 2, …
 OTHER_IMAGES = {
     "one more": lambda top: shutil.copy(top / "train/dark/0.png", top / "train/dark/new.png"),
     "another name": lambda top: os.rename(top / "train/dark/0.png", top / "train/dark/x.png"),
@@ -1928,7 +1928,7 @@ class TestNeverLosingARun:
     @pytest.mark.parametrize("number, save, moment, step", [
         (signal.SIGKILL, 0, "replace c.pt", None), (signal.SIGKILL, 0, "open c.csv", 0),
         (signal.SIGKILL, 4, "replace c.pt", 3), (signal.SIGKILL, 5, "open c.csv", 5),
-        (signal.SIGINT, 5, "open c.pt", 5), (signal.SIGTERM, 6, "replace c.pt", 6),
+        (signal.SIGINT, 6, "open c.pt", 5), (signal.SIGTERM, 7, "replace c.pt", 6),
     ])  # fmt: skip
     def test_a_run_killed_or_signaled_at_any_moment_of_a_save_ends_once_resumed_as_one_never_stopped(
         self, image_folder, never_stopped, tmp_path, number, save, moment, step
