@@ -1229,7 +1229,7 @@ class Run:
         if due and self.data.test is not None:
             self.save()  # a run that ends during kNN loses nothing, and all ranks have the same statistics
             encoder = self.model.encoder_q
-            knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1))
+            knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
             encoder.train()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
         row = dict(zip(COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
@@ -1237,10 +1237,8 @@ class Run:
         self.began = time.monotonic()
         return row
 
-    def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether any rank's `flag` is true. Several ranks ask if step % every == 0, else get False."""
-        if world_size() > 1 and self.step % every:
-            return False
+    def agree(self, flag: Any) -> bool:
+        """Return whether any rank's `flag` is true."""
         return bool(all_gather(torch.tensor([bool(flag)])).any())
 
     def save(self) -> None:
@@ -1268,7 +1266,7 @@ class Run:
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
-        self.agree(False, every=1)  # no rank goes on, and reads the file, before it is there
+        self.agree(False)  # no rank goes on, and reads the file, before it is there
         self.saved_at = time.monotonic()
 
 

@@ -2165,8 +2165,8 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("event", ["signal", "late"])
     def test_a_signal_to_one_process_and_its_clock_make_all_save_at_one_step(self, several, event):
-        assert several[event, 2]["step"] == 8
-        assert agree(several[event, 2], several["alone"][7])
+        assert several[event, 2]["step"] == 7
+        assert agree(several[event, 2], several["alone"][6])
 
     def test_a_signal_to_one_process_stops_the_evaluation_of_all(self, several):
         assert several["evaluation", 2]["step"] == 6
