@@ -1193,17 +1193,14 @@ class Run:
             return  # a complete run is left as it is
         self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
-        with contextlib.suppress(Stopped):  # raised below, or by end_epoch during kNN; then the last line saves
-            if row := self.end_epoch(stop):  # the run was stopped during kNN: finish that epoch first
-                self.save()
-                yield row
-            for images, indices in self.data.train.batches(plan, self.crop):
-                if self.agree(stop()):
-                    raise Stopped
-                self.take_step(images, indices)
+        batches = self.data.train.batches(plan, self.crop)
+        with contextlib.suppress(Stopped):  # raised by end_epoch, during kNN
+            while len(self.rows) < self.config.epochs and not self.agree(stop()):
+                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else a run stopped during kNN goes on
+                    self.take_step(*next(batches))
                 row = self.end_epoch(stop)
                 late = time.monotonic() - self.saved_at >= self.config.save_seconds
-                if self.agree(late) or row:
+                if row or self.agree(late):
                     self.save()
                 yield row
         self.save()
