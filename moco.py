@@ -1199,8 +1199,7 @@ class Run:
                 if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else a run stopped during kNN goes on
                     self.take_step(*next(batches))
                 row = self.end_epoch(stop)
-                late = time.monotonic() - self.saved_at >= self.config.save_seconds
-                if row or self.agree(late):
+                if row or self.agree(time.monotonic() >= self.next_save):
                     self.save()
                 yield row
         self.save()
@@ -1264,7 +1263,7 @@ class Run:
             csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
         self.agree(False)  # no rank goes on, and reads the file, before it is there
-        self.saved_at = time.monotonic()
+        self.next_save = time.monotonic() + self.config.save_seconds
 
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────

@@ -2006,7 +2006,7 @@ class TestNeverLosingARun:
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
         for _ in run.train():
             saves.append(saved(tmp_path)["step"])
-            run.saved_at -= {1: 290, 2: 11}.get(run.step, 0)  # so many seconds go by
+            run.next_save -= {1: 290, 2: 11}.get(run.step, 0)  # so many seconds go by
         assert saves == [0, 0, 3, 3, 5, 5, 5, 5, 5, 10]
 
     @pytest.mark.parametrize("save_seconds, kept, step", [(0, 6, 7), (300, 5, 10)])
@@ -2086,7 +2086,7 @@ def train_jobs(jobs, folders):
         def stop(name=name, run=run):
             if moco.rank() == 1 and run.step == EVENTS.get(name):
                 if name == "late":
-                    run.saved_at -= 301
+                    run.next_save -= 301
                 elif not received:
                     signal.raise_signal(signal.SIGTERM)
                     signal.raise_signal(signal.SIGTERM)  # torchrun repeats it
