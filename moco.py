@@ -1170,7 +1170,7 @@ class Run:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
         for name, value in asdict(self.config).items():
             old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
-            if (name not in FREE and value != old) or (name == "epochs" and value < old):
+            if name not in FREE and value != old:
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
         with explain(f"--resume: {self.config.out} does not fit this run"):
             if checkpoint["fingerprint"] != self.data.fingerprint:
@@ -1189,7 +1189,7 @@ class Run:
     def train(self, stop: Callable = bool) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
         Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
-        if len(self.rows) == self.config.epochs:
+        if len(self.rows) >= self.config.epochs:
             return  # a complete run is left as it is
         self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
