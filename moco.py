@@ -1175,10 +1175,9 @@ class Run:
         with explain(f"--resume: {self.config.out} does not fit this run"):
             if checkpoint["fingerprint"] != self.data.fingerprint:
                 raise ValueError(f"--data {self.config.data} has other images")
-            weights = self.model.state_dict(prefix="module.")  # not copies: to fill them restores the model
-            check_tensors(checkpoint["state_dict"], weights)
-            for name, x in weights.items():
-                x.copy_(checkpoint["state_dict"][name])
+            check_tensors(checkpoint["state_dict"], self.model.state_dict(prefix="module."))
+            weights = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
+            self.model.load_state_dict(weights)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.optimizer.param_groups[0]["weight_decay"] = self.config.wd
             self.losses.copy_(checkpoint["losses"])
