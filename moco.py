@@ -1223,9 +1223,8 @@ class Run:
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test is not None:
             self.save()  # a run that ends during kNN loses nothing, and all ranks have the same statistics
-            encoder = self.model.encoder_q
-            knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
-            encoder.train()
+            knn = accuracy(self.model.encoder_q, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
+            self.model.train()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
         row = dict(zip(COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
         self.rows.append(row)
