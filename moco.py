@@ -1122,13 +1122,12 @@ def training_crops(images: InMemory | Files, config: Config) -> tuple:
     return lambda batch, *_: batch, two_views
 
 
-COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
-
-
 class Run:
     """Train as a Config says, from the start or, with `resume`, from the checkpoint `out`. That holds all that training
     changes; order, views and learning rate follow from Config and step, so a resumed run ends as one never stopped.
     Raises UserError, before anything is written, if options, files, data or device do not fit."""
+
+    COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 
     def __init__(self, config: Config) -> None:
         self.device, self.precision, self.autocast = pick_device(config)
@@ -1226,7 +1225,7 @@ class Run:
             knn = accuracy(self.model.encoder_q, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
             self.model.train()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
-        row = dict(zip(COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
+        row = dict(zip(self.COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
         self.rows.append(row)
         self.began = time.monotonic()
         return row
@@ -1258,7 +1257,7 @@ class Run:
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
+            csv.writer(table, lineterminator="\n").writerows([self.COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
         self.agree(False)  # no rank goes on, and reads the file, before it is there
         self.next_save = time.monotonic() + self.config.save_seconds
