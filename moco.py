@@ -1160,10 +1160,8 @@ class Run:
         key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash, equal on all ranks
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
-        self.ddp_model = self.model
-        if world_size() > 1:
-            self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
-            self.ddp_model.broadcast_buffers = False  # each rank keeps its own; as an argument it is deprecated
+        self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if world_size() > 1 else self.model
+        self.ddp_model.broadcast_buffers = False  # of DDP: each rank keeps its own; as an argument it is deprecated
 
     def restore(self, checkpoint: dict) -> None:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
