@@ -1139,18 +1139,17 @@ class Run:
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or resumes or rank() > 0)
         self.data = load_data(config, self.device)
-        num_images = len(self.data.train)
-        if config.batch_size > num_images:
-            advice = f"give a multiple of --bn-splits, at least twice that, up to {num_images}"
-            raise UserError(f"--batch-size {config.batch_size}: more than the images; {advice}")
-        self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
+        n = len(self.data.train)
+        if config.batch_size > n:
+            raise UserError(f"--batch-size {config.batch_size}: give a multiple of --bn-splits up to the {n} images")
+        self.model = build_model(config, n).to(self.device, memory_format=torch.channels_last)
         if config.compile:
             for encoder in self.model.children():
                 encoder.compile()
         parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=config.wd, fused=True)
         self.crop, self.two_views = training_crops(self.data.train, config)
-        self.steps_per_epoch = num_images // config.batch_size
+        self.steps_per_epoch = n // config.batch_size
         self.step = 0
         self.rows = []
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch

@@ -2311,7 +2311,7 @@ class TestCommandLine:
 
     def test_a_batch_of_more_images_than_there_are_names_numbers_that_work(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--bn-splits=5", "--batch-size"]
-        assert run(*command, "45")[2].endswith("; give a multiple of --bn-splits, at least twice that, up to 40\n")
+        assert run(*command, "45")[2].endswith(": give a multiple of --bn-splits up to the 40 images\n")
         assert run(*command, "40")[0] == 0
 
     @pytest.mark.parametrize("saved, given", [
