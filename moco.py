@@ -1043,8 +1043,7 @@ def load_checkpoint(path: str) -> dict:
 
 
 def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
-    """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights; the prefix
-    `module.` is optional. Raises UserError if they fit no ResNetEncoder."""
+    """Rebuild a checkpoint's query encoder, in eval mode, as its weights have it. Raises UserError if none fits."""
     with explain(f"{path}: encoder_q is not one of {', '.join(ARCHS)}"):
         named = checkpoint["state_dict"].items()
         weights = {name.partition("encoder_q.")[2]: x for name, x in named if "encoder_q." in name}
@@ -1086,7 +1085,7 @@ def pick_device(config: Config) -> tuple:
 
 
 def build_model(config: Config, num_images: int) -> nn.Module:
-    """Return the model of a configuration, with weights from its seed, by which torch's own numbers begin anew."""
+    """Return the model of a configuration; seeds torch, from which the first weights come."""
     torch.manual_seed(config.seed)
     dim, K, T = config.moco_dim, config.moco_k, config.moco_t
     splits = config.bn_splits // world_size()
@@ -1114,8 +1113,7 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, config: Config) -> tuple:
-    """Return crop, for images.batches, and two_views, which makes x_q, x_k of what that yields. Files are cropped in
-    the threads that read them; in memory, crop does nothing and two_views crops."""
+    """Return crop, for images.batches, and two_views, for what that yields: files are cropped as they are read."""
     two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
@@ -1123,9 +1121,8 @@ def training_crops(images: InMemory | Files, config: Config) -> tuple:
 
 
 class Run:
-    """Train as a Config says, from the start or, with `resume`, from the checkpoint `out`. That holds all that training
-    changes; order, views and learning rate follow from Config and step, so a resumed run ends as one never stopped.
-    Raises UserError, before anything is written, if options, files, data or device do not fit."""
+    """Train as a Config says, from the start or, with `resume`, from `out`. That holds all that training changes: the
+    run ends as if never stopped. Raises UserError, before anything is written, if options, files or data do not fit."""
 
     COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 
