@@ -919,21 +919,30 @@ def check_out(path: str, may_exist: bool) -> None:
         raise UserError(f"{path}: exists already; give --overwrite, another name or, to continue a run, --resume")
 
 
+@contextlib.contextmanager
+def explain(what: str) -> Iterator:
+    """Make any error in a block a UserError of one line: what is wrong, and the cause."""
+    try:
+        yield
+    except Exception as error:  # damaged bytes can cause any
+        cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
+        message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
+        raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
+
+
 def write_file(path: str, content: bytes) -> None:
     """Write atomically: readers see the old file or the new one. Raises UserError if it fails."""
     target = os.path.realpath(path)  # a link stays a link
     temporary = f"{target}.{os.urandom(4).hex()}.tmp"  # unique: two runs may write one path
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror}); the old file, if any, is kept") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            os.remove(temporary)
+    with explain(f"{path}: not written; the old file, if any, is kept"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is gone if all went well
 
 
 def save_checkpoint(path: str, checkpoint: dict) -> None:
@@ -941,20 +950,6 @@ def save_checkpoint(path: str, checkpoint: dict) -> None:
     buffer = io.BytesIO()  # to a path, torch.save hides what is wrong with a disk
     torch.save(checkpoint, buffer)
     write_file(path, buffer.getbuffer())
-
-
-def cause_of(error: Exception) -> str:
-    """Return an error's kind and message in a line."""
-    error = error.__context__ or error  # the original, if torch wrapped it in a page of advice
-    message = str(error).split("\n")[0].partition(" Please use")[0]  # torch's advice
-    return f"{type(error).__name__}: {message}"
-
-
-def tensors_of(checkpoint: dict) -> dict:
-    """Return all tensors of a checkpoint that training changes, by name."""
-    state = checkpoint["optimizer"]["state"]
-    momentum = {f"momentum of parameter {i}": x["momentum_buffer"] for i, x in state.items()}
-    return checkpoint["state_dict"] | momentum | {"losses": checkpoint["losses"]}
 
 
 def check_tensors(tensors: dict, expected: dict) -> None:
@@ -972,7 +967,7 @@ def check_tensors(tensors: dict, expected: dict) -> None:
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" keeps the known
     options except RUNTIME. Raises UserError for a file that is missing, damaged or no checkpoint."""
-    try:
+    with explain(f"{path}: not a checkpoint"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
                 odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())  # 16: a folder
@@ -985,19 +980,14 @@ def load_checkpoint(path: str) -> dict:
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
         Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises for values that Config or RECIPES lacks
-    except Exception as error:  # damaged bytes can cause any
-        raise UserError(f"{path}: not a checkpoint ({cause_of(error)})") from error
     return checkpoint
 
 
 def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
-    """Rebuild a checkpoint's query encoder, in eval mode. Stem, width and head are read off the weights, whose prefixes
-    `module.` and `_orig_mod.` (of torch.compile) are optional. Raises UserError if they fit no ResNetEncoder."""
-    weights = {}
-    try:
-        for name, x in checkpoint["state_dict"].items():
-            if name := str(name).replace("_orig_mod.", "").partition("encoder_q.")[2]:
-                weights[name] = x
+    """Rebuild a checkpoint's query encoder, in eval mode, as its weights have it. Raises UserError if none fits."""
+    with explain(f"{path}: encoder_q is not one of {', '.join(ARCHS)}"):
+        named = checkpoint["state_dict"].items()
+        weights = {name.partition("encoder_q.")[2]: x for name, x in named if "encoder_q." in name}
         channels, _, kernel, _ = weights["conv1.weight"].shape
         stem = "cifar" if kernel == 3 else "imagenet"
         mlp = "fc.0.weight" in weights
@@ -1006,32 +996,24 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
             encoder = ResNetEncoder(checkpoint["arch"], dim, mlp, bn_splits=1, stem=stem, width=channels / 64)
         check_tensors(weights, encoder.state_dict())
         encoder.load_state_dict(weights, assign=True)
-    except Exception as error:  # damaged bytes can cause any
-        raise UserError(f"{path}: encoder_q is not one of {', '.join(ARCHS)} ({cause_of(error)})") from error
     return encoder.eval()
 
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
 def pick_device(config: Config) -> tuple:
-    """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE,
-    RANK, MASTER_ADDR and MASTER_PORT describe, as torchrun sets them. On a CPU, malloc keeps freed memory from now on.
-    Raises UserError."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name in found if found[name]]  # the best first
-    name = config.device.replace("auto", available[0])
-    if name not in available:
+    """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE and
+    torchrun's other variables describe. On a CPU, malloc keeps freed memory from now on. Raises UserError."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = config.device.replace("auto", best)
+    if name not in (best, "cpu"):
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
-    try:
+    with explain("WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe no processes"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    except (ValueError, dist.DistError) as error:
-        raise UserError(f"WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: {cause_of(error)}") from error
-    device = torch.device(name)
     fast = False
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", rank()))
-        device = torch.device(name, local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
@@ -1040,25 +1022,20 @@ def pick_device(config: Config) -> tuple:
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     precision = config.precision.replace("auto", "bf16" if fast else "fp32")
-    return device, precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
+    return torch.device(name), precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
 
 def build_model(config: Config, num_images: int) -> nn.Module:
-    """Return the model of a configuration, with weights from its seed."""
+    """Return the model of a configuration; seeds torch, from which the first weights come."""
+    torch.manual_seed(config.seed)
     dim, K, T = config.moco_dim, config.moco_k, config.moco_t
     splits = config.bn_splits // world_size()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)  # not CUDA's
-        encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
-        match config.method:
-            case "moco":
-                return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
-            case "end-to-end":
-                return EndToEnd(encoder, T)
-            case "memory-bank":
-                return MemoryBank(encoder, num_images, dim, K, T=T)
-            case "simclr":
-                return SimCLR(encoder, T)
+    encoder = ResNetEncoder(config.arch, dim, config.mlp, splits, config.stem, config.width)
+    if config.method == "moco":
+        return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
+    if config.method == "memory-bank":
+        return MemoryBank(encoder, num_images, dim, K, T=T)
+    return SimCLR(encoder, T) if config.method == "simclr" else EndToEnd(encoder, T)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1077,21 +1054,18 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, config: Config) -> tuple:
-    """Return crop, for images.batches, and two_views, which makes x_q, x_k of what that yields. Files are cropped in
-    the threads that read them; in memory, crop does nothing and two_views crops."""
+    """Return crop, for images.batches, and two_views, for what that yields: files are cropped as they are read."""
     two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
     return lambda batch, *_: batch, two_views
 
 
-COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
-
-
 class Run:
-    """Train as a Config says, from the start or, with `resume`, from the checkpoint `out`. That holds all that training
-    changes; order, views and learning rate follow from Config and step, so a resumed run ends as one never stopped.
-    Raises UserError, before anything is written, if options, files, data or device do not fit."""
+    """Train as a Config says, from the start or, with `resume`, from `out`. That holds all that training changes: the
+    run ends as if never stopped. Raises UserError, before anything is written, if options, files or data do not fit."""
+
+    COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 
     def __init__(self, config: Config) -> None:
         self.device, self.precision, self.autocast = pick_device(config)
@@ -1103,21 +1077,18 @@ class Run:
         for path in (config.out, self.csv_path):
             check_out(path, config.overwrite or resumes or rank() > 0)
         self.data = load_data(config, self.device)
-        num_images = len(self.data.train)
-        if config.batch_size > num_images:
-            advice = f"give a multiple of --bn-splits, at least twice that, up to {num_images}"
-            raise UserError(f"--batch-size {config.batch_size}: more than the images; {advice}")
-        self.model = build_model(config, num_images).to(self.device, memory_format=torch.channels_last)
+        n = len(self.data.train)
+        if config.batch_size > n:
+            raise UserError(f"--batch-size {config.batch_size}: give a multiple of --bn-splits up to the {n} images")
+        self.model = build_model(config, n).to(self.device, memory_format=torch.channels_last)
         if config.compile:
             for encoder in self.model.children():
                 encoder.compile()
-        parameters = list(self.model.encoder_q.parameters())
+        parameters = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(parameters, momentum=0.9, weight_decay=config.wd, fused=True)
-        for weight in parameters:  # now, not in the first step: every checkpoint then has the same tensors
-            self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.crop, self.two_views = training_crops(self.data.train, config)
-        self.steps_per_epoch = num_images // config.batch_size
-        self.go_to(0)
+        self.steps_per_epoch = n // config.batch_size
+        self.step = 0
         self.rows = []
         self.losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of the epoch
         self.began = time.monotonic()  # of the epoch; on resume, moved back by the seconds it has taken
@@ -1126,80 +1097,53 @@ class Run:
         key = torch.tensor([rng(self.data.fingerprint, self.step).initial_seed()])  # a hash, equal on all ranks
         if (all_gather(key) != key).any():
             raise UserError(f"--data {config.data} or --out {config.out} is not the same for all processes")
-        self.ddp_model = self.model
-        if world_size() > 1:
-            self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
-            self.ddp_model.broadcast_buffers = False  # each rank keeps its own; as an argument it is deprecated
-
-    def checkpoint(self) -> dict:
-        """Return what `out` holds: weights, momentum, and the numbers of the epochs."""
-        return {
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            "arch": self.config.arch,
-            "state_dict": {f"module.{name}": x for name, x in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "config": asdict(self.config),
-            "fingerprint": self.data.fingerprint,
-            "losses": self.losses,
-            "rows": self.rows,
-            "seconds": time.monotonic() - self.began,
-        }
+        self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if world_size() > 1 else self.model
+        self.ddp_model.broadcast_buffers = False  # of DDP: each rank keeps its own; as an argument it is deprecated
 
     def restore(self, checkpoint: dict) -> None:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
-        own = self.checkpoint()
-        for name, value in own["config"].items():
+        for name, value in asdict(self.config).items():
             old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
-            if (name not in FREE and value != old) or (name == "epochs" and value < old):
+            if name not in FREE and value != old:
                 raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
-        try:
-            if checkpoint["fingerprint"] != own["fingerprint"]:
+        with explain(f"--resume: {self.config.out} does not fit this run"):
+            if checkpoint["fingerprint"] != self.data.fingerprint:
                 raise ValueError(f"--data {self.config.data} has other images")
-            saved = tensors_of(checkpoint)
-            tensors = tensors_of(own)  # not copies: to fill them restores the run
-            check_tensors(saved, tensors)
-            for name, x in tensors.items():
-                x.copy_(saved[name])
+            check_tensors(checkpoint["state_dict"], self.model.state_dict(prefix="module."))
+            weights = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.param_groups[0]["weight_decay"] = self.config.wd
+            self.losses.copy_(checkpoint["losses"])
             self.rows = checkpoint["rows"]
+            self.step = checkpoint["step"]
             self.began -= checkpoint["seconds"]
-            self.go_to(checkpoint["step"])
-        except Exception as error:
-            raise UserError(f"--resume: {self.config.out} does not fit this run ({cause_of(error)})") from error
 
     def train(self, stop: Callable = bool) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
         Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
-        if len(self.rows) == self.config.epochs:
+        if len(self.rows) >= self.config.epochs:
             return  # a complete run is left as it is
         self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
-        with contextlib.suppress(Stopped):  # raised below, or by end_epoch during kNN; then the last line saves
-            if row := self.end_epoch(stop):  # the run was stopped during kNN: finish that epoch first
-                self.save()
-                yield row
-            for images, indices in self.data.train.batches(plan, self.crop):
-                if self.agree(stop()):
-                    raise Stopped
-                self.take_step(images, indices)
+        batches = self.data.train.batches(plan, self.crop)
+        with contextlib.suppress(Stopped):  # raised by end_epoch, during kNN
+            while len(self.rows) < self.config.epochs and not self.agree(stop()):
+                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else a run stopped during kNN goes on
+                    self.take_step(*next(batches))
                 row = self.end_epoch(stop)
-                late = time.monotonic() - self.saved_at >= self.config.save_seconds
-                if self.agree(late) or row:
+                if row or self.agree(time.monotonic() >= self.next_save):
                     self.save()
                 yield row
         self.save()
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
         """Train on a batch with the learning rate and the random numbers of the step."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, self.step / self.steps_per_epoch)
         generator = rng("step", self.config.seed, self.step)
         loss = train_step(self.ddp_model, self.optimizer, self.two_views, images, generator, indices, self.autocast)
         self.losses[self.step % self.steps_per_epoch] = all_gather(loss[None]).mean()
-        self.go_to(self.step + 1)
-
-    def go_to(self, step: int) -> None:
-        """Make `step` the next one, with its learning rate."""
-        self.step = step
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.config, step / self.steps_per_epoch)
+        self.step += 1
 
     def end_epoch(self, stop: Callable) -> dict | None:
         """Append and return the row of an epoch that has ended, with kNN if due. Raises Stopped once stop() is true."""
@@ -1212,41 +1156,46 @@ class Run:
         knn = None
         due = epoch == config.epochs or (config.knn_every and epoch % config.knn_every == 0)
         if due and self.data.test is not None:
-            self.average_statistics()
-            encoder = self.model.encoder_q
-            knn = accuracy(encoder, self.data, config, self.autocast, stop=lambda: self.agree(stop(), every=1))
-            encoder.train()
+            self.save()  # a run that ends during kNN loses nothing, and all ranks have the same statistics
+            knn = accuracy(self.model.encoder_q, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
+            self.model.train()
         lr = learning_rate(config, epoch - 1)  # the epoch's first
-        row = dict(zip(COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
+        row = dict(zip(self.COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
         self.rows.append(row)
         self.began = time.monotonic()
         return row
 
-    def agree(self, flag: Any, every: int = 8) -> bool:
-        """Return whether any rank's `flag` is true. Several ranks ask if step % every == 0, else get False."""
-        if world_size() > 1 and self.step % every:
-            return False
+    def agree(self, flag: Any) -> bool:
+        """Return whether any rank's `flag` is true."""
         return bool(all_gather(torch.tensor([bool(flag)])).any())
-
-    def average_statistics(self) -> None:
-        """Give all ranks the mean of their BatchNorm statistics, as one process with all groups has it."""
-        for name, statistic in self.model.named_buffers():
-            if "running_" in name:
-                statistic.copy_(all_gather(statistic[None]).mean(0))
 
     def save(self) -> None:
         """Write checkpoint and .csv, on rank 0. Raises UserError if a number is not finite."""
-        self.average_statistics()
-        checkpoint = self.checkpoint()
-        if not all(x.isfinite().all() for x in tensors_of(checkpoint).values()):
+        for name, statistic in self.model.named_buffers():
+            if "running_" in name:  # of BatchNorm: the mean of all ranks, as one process with all groups has it
+                statistic.copy_(all_gather(statistic[None]).mean(0))
+        weights = self.model.state_dict(prefix="module.")
+        if not all(x.isfinite().all() for x in (self.losses, *weights.values())):
             raise UserError(f"loss or weights not finite after step {self.step}; use a lower --lr or --precision fp32")
+        checkpoint = {
+            "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "arch": self.config.arch,
+            "state_dict": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "config": asdict(self.config),
+            "fingerprint": self.data.fingerprint,
+            "losses": self.losses,
+            "rows": self.rows,
+            "seconds": time.monotonic() - self.began,
+        }
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
+            csv.writer(table, lineterminator="\n").writerows([self.COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
-        self.agree(False, every=1)  # no rank goes on, and reads the file, before it is there
-        self.saved_at = time.monotonic()
+        self.agree(False)  # no rank goes on, and reads the file, before it is there
+        self.next_save = time.monotonic() + self.config.save_seconds
 
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
@@ -1455,7 +1404,7 @@ def main(argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # on a CPU, torch has no class for it
             raise
-        line = f"too little memory ({cause_of(error)}); smaller images, batches or encoders take less"
+        line = "too little memory; smaller images, batches or encoders take less"
     finally:
         if world_size() > 1:
             dist.destroy_process_group()

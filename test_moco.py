@@ -1537,7 +1537,7 @@ BROKEN = {  # how to write the file, or what to change in its content, and words
     "an option of another kind": (dict(config=dict(lr="fast")), "not a checkpoint (ValueError"),
     "unknown views": (dict(config=dict(aug="v9")), "not a checkpoint (KeyError: 'v9')"),
     "another arch": (dict(arch="vgg"), "encoder_q is not one of resnet10"),
-    "weights that are numbered": (dict(state_dict=lambda weights: {5: torch.ones(1)}), "(KeyError: 'conv1.weight')"),
+    "weights that are numbered": (dict(state_dict=lambda weights: {5: torch.ones(1)}), "(TypeError: argument of type"),
     "a stem of one dimension": (dict(state_dict={STEM: torch.ones(3)}), "encoder_q is not one of resnet10"),
     "nan": (dict(state_dict={CONV: lambda x: x * math.nan}), "layer1.0.conv1.weight is not torch.float32"),
     "a width, with all 20 TB": (dict(state_dict={STEM: torch.zeros(384_000, 3, 3, 3)}), "is not torch.float32 (384000"),
@@ -1626,7 +1626,7 @@ class TestCheckpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         else:
             monkeypatch.setattr(os, moment, Mock(side_effect=OSError(27, "File too large")))
-        with pytest.raises(UserError, match=f"^{path}: not written .File too large.; the old file, if any, is kept$"):
+        with pytest.raises(UserError, match=f"^{path}: not written; the old file, if any, is kept .*File too large.$"):
             moco.save_checkpoint(str(path), {"step": torch.zeros(10_000)})
         assert torch.load(path) == {"step": 1}
         assert os.listdir(tmp_path) == ["c.pt"]
@@ -1645,12 +1645,8 @@ class TestCheckpoints:
         x = torch.randn(2, 3, 64, 64)
         close(encoder(x), theirs(x), 1e-4, 1e-4)
 
-    @pytest.mark.parametrize("prefix", ["module.", "", "_orig_mod.", "module._orig_mod."])
-    @pytest.mark.parametrize("inner", [".", "._orig_mod."])
-    def test_the_prefixes_of_ddp_and_compile_are_optional(self, checkpoint, prefix, inner):
-        renamed = {}
-        for name, x in checkpoint["state_dict"].items():
-            renamed[prefix + name.removeprefix("module.").replace(".", inner, 1)] = x
+    def test_the_prefix_of_ddp_is_optional(self, checkpoint):
+        renamed = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
         encoder = moco.load_encoder(checkpoint | {"state_dict": renamed}, "c.pt")
         assert same(encoder.state_dict(), moco.load_encoder(checkpoint, "c.pt").state_dict())
 
@@ -1729,10 +1725,11 @@ class TestOptimization:
 
 class TestDevice:
     @pytest.mark.parametrize("cuda, mps, asked, environment, expected", [
-        (1, 1, "auto", {}, "cuda:0"), (0, 1, "auto", {}, "mps"), (0, 0, "auto", {}, "cpu"), (1, 1, "cpu", {}, "cpu"),
-        (1, 0, "mps", {}, None), (0, 1, "cuda", {}, None), (1, 0, "auto", dict(WORLD_SIZE="1"), "cuda:0"),
-        (1, 0, "auto", dict(WORLD_SIZE="8", LOCAL_RANK="3"), "cuda:3"),  # as torchrun says
-        (1, 0, "auto", dict(WORLD_SIZE="8"), "cuda:2"), (1, 0, "cpu", dict(WORLD_SIZE="8"), "cpu"),
+        (1, 1, "auto", {}, ("cuda", 0)), (0, 1, "auto", {}, ("mps",)), (0, 0, "auto", {}, ("cpu",)),
+        (1, 1, "cpu", {}, ("cpu",)), (1, 0, "mps", {}, None), (0, 1, "cuda", {}, None),
+        (1, 0, "auto", dict(WORLD_SIZE="1"), ("cuda", 0)), (1, 0, "cpu", dict(WORLD_SIZE="8"), ("cpu",)),
+        (1, 0, "auto", dict(WORLD_SIZE="8", LOCAL_RANK="3"), ("cuda", 3)),  # as torchrun says
+        (1, 0, "auto", dict(WORLD_SIZE="8"), ("cuda", 2)),
     ])  # fmt: skip
     def test_auto_is_cuda_else_mps_else_the_cpu_and_processes_are_found_by_world_size(
         self, monkeypatch, cuda, mps, asked, environment, expected
@@ -1754,17 +1751,16 @@ class TestDevice:
         with contextlib.nullcontext() if expected else refused:
             device, precision, _ = moco.pick_device(Config(device=asked))
             on_cuda = device.type == "cuda"
-            assert str(device) == expected
-            assert chosen == [device] * on_cuda
+            assert (device.type, *chosen) == expected
             assert joined == ["cpu:gloo,cuda:nccl" if on_cuda else "gloo"] * (environment.get("WORLD_SIZE") == "8")
-            assert expected == "cpu" or precision == "fp32"  # bf16 that is emulated is slow
+            assert device.type == "cpu" or precision == "fp32"  # bf16 that is emulated is slow
 
     @pytest.mark.parametrize("number", ["2", "two"])
     def test_processes_that_cannot_join_are_an_error_that_names_the_variables(self, monkeypatch, number):
         monkeypatch.setenv("WORLD_SIZE", number)
         for name in ("RANK", "MASTER_ADDR"):
             monkeypatch.delenv(name, raising=False)
-        with pytest.raises(UserError, match="^WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT: "):
+        with pytest.raises(UserError, match="^WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT "):
             moco.pick_device(Config(device="cpu"))
 
     @pytest.mark.parametrize("precision, fast, bf16", [("auto", 1, 1), ("auto", 0, 0), ("bf16", 0, 1), ("fp32", 1, 0)])
@@ -1798,10 +1794,8 @@ class TestRun:
         n = len(images)
         steps = n // 8
         with double():
-            state = torch.get_rng_state()
             run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), seed=7, lr=0.03, wd=1.0, **options))
             losses = [run.losses[(run.step - 1) % steps].clone() for _ in run.train()]
-            assert torch.equal(torch.get_rng_state(), state)
             torch.manual_seed(7)
             model = MODELS[method](ResNetEncoder("resnet10", 12, False, 4, "imagenet", 0.125), n)
             optimizer = torch.optim.SGD(model.encoder_q.parameters(), momentum=0.9, weight_decay=1)
@@ -1879,7 +1873,7 @@ class TestRun:
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-MOMENTS = ["open c.pt", "replace c.pt", "open c.csv", "replace c.csv"]  # of save 0, 1, 2, …, after as many steps
+MOMENTS = ["open c.pt", "replace c.pt", "open c.csv", "replace c.csv"]  # of save 0, 1, 2, …
 OTHER_IMAGES = {
     "one more": lambda top: shutil.copy(top / "train/dark/0.png", top / "train/dark/new.png"),
     "another name": lambda top: os.rename(top / "train/dark/0.png", top / "train/dark/x.png"),
@@ -1936,7 +1930,7 @@ class TestNeverLosingARun:
     @pytest.mark.parametrize("number, save, moment, step", [
         (signal.SIGKILL, 0, "replace c.pt", None), (signal.SIGKILL, 0, "open c.csv", 0),
         (signal.SIGKILL, 4, "replace c.pt", 3), (signal.SIGKILL, 5, "open c.csv", 5),
-        (signal.SIGINT, 5, "open c.pt", 5), (signal.SIGTERM, 6, "replace c.pt", 6),
+        (signal.SIGINT, 6, "open c.pt", 5), (signal.SIGTERM, 7, "replace c.pt", 6),
     ])  # fmt: skip
     def test_a_run_killed_or_signaled_at_any_moment_of_a_save_ends_once_resumed_as_one_never_stopped(
         self, image_folder, never_stopped, tmp_path, number, save, moment, step
@@ -1994,7 +1988,8 @@ class TestNeverLosingARun:
     def test_a_complete_run_is_left_as_it_is(self, few, tmp_path):
         list(training(tmp_path))
         files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-        assert list(training(tmp_path, resume=True, lr=0.5)) == []
+        for options in (dict(lr=0.5), dict(epochs=1)):
+            assert list(training(tmp_path, resume=True, **options)) == []
         assert files == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
 
     @pytest.mark.parametrize("out, rows", [("c.pt", "c.csv"), ("a.pt.b", "a.pt.b.csv"), ("c.csv", "c.csv.csv")])
@@ -2014,7 +2009,7 @@ class TestNeverLosingARun:
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
         for _ in run.train():
             saves.append(saved(tmp_path)["step"])
-            run.saved_at -= {1: 290, 2: 11}.get(run.step, 0)  # so many seconds go by
+            run.next_save -= {1: 290, 2: 11}.get(run.step, 0)  # so many seconds go by
         assert saves == [0, 0, 3, 3, 5, 5, 5, 5, 5, 10]
 
     @pytest.mark.parametrize("save_seconds, kept, step", [(0, 6, 7), (300, 5, 10)])
@@ -2024,10 +2019,10 @@ class TestNeverLosingARun:
     ):
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt"), save_seconds=save_seconds))
         tensors = dict(losses=run.losses, running_var=run.model.encoder_k.bn1.running_var)
-        tensors |= run.optimizer.state[run.model.encoder_q.conv1.weight]
         with pytest.raises(UserError, match=f"not finite after step {step}; use a lower --lr or --precision fp32$"):
             for _ in run.train():
                 if run.step == 6:
+                    tensors |= run.optimizer.state[run.model.encoder_q.conv1.weight]
                     tensors[name].fill_(math.inf)
         assert saved(tmp_path)["step"] == kept
 
@@ -2060,7 +2055,7 @@ class TestNeverLosingARun:
 
     @pytest.mark.parametrize("change", [dict(stem="imagenet", size=33), *({name: value} for name, value in dict(
         arch="resnet34", moco_dim=8, moco_k=64, seed=1, batch_size=4, width=0.25, moco_m=0.9, size=24, aug="v2",
-        bn_splits=4, mlp=False, moco_t=0.3, symmetric=True, method="simclr", preset="v2", epochs=1,
+        bn_splits=4, mlp=False, moco_t=0.3, symmetric=True, method="simclr", preset="v2",
     ).items())])  # fmt: skip
     def test_resume_refuses_by_name_what_may_not_change(self, few, tmp_path, checkpoint, change):
         torch.save(checkpoint, tmp_path / "c.pt")
@@ -2070,7 +2065,7 @@ class TestNeverLosingARun:
 
     @pytest.mark.parametrize("change", [
         lambda saved: saved.pop("fingerprint"), lambda saved: saved.update(losses=torch.zeros(4)),
-        lambda saved: saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan),
+        lambda saved: saved["state_dict"]["module.queue"].fill_(math.nan),
     ], ids=["no fingerprint", "another shape", "NaN"])  # fmt: skip
     def test_resume_refuses_in_a_line_what_does_not_fit(self, few, tmp_path, checkpoint, change):
         other = copy.deepcopy(checkpoint)
@@ -2094,7 +2089,7 @@ def train_jobs(jobs, folders):
         def stop(name=name, run=run):
             if moco.rank() == 1 and run.step == EVENTS.get(name):
                 if name == "late":
-                    run.saved_at -= 301
+                    run.next_save -= 301
                 elif not received:
                     signal.raise_signal(signal.SIGTERM)
                     signal.raise_signal(signal.SIGTERM)  # torchrun repeats it
@@ -2173,8 +2168,8 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("event", ["signal", "late"])
     def test_a_signal_to_one_process_and_its_clock_make_all_save_at_one_step(self, several, event):
-        assert several[event, 2]["step"] == 8
-        assert agree(several[event, 2], several["alone"][7])
+        assert several[event, 2]["step"] == 7
+        assert agree(several[event, 2], several["alone"][6])
 
     def test_a_signal_to_one_process_stops_the_evaluation_of_all(self, several):
         assert several["evaluation", 2]["step"] == 6
@@ -2318,7 +2313,7 @@ class TestCommandLine:
 
     def test_a_batch_of_more_images_than_there_are_names_numbers_that_work(self, few, run):
         command = ["train", *QUICK, "--epochs=1", "--bn-splits=5", "--batch-size"]
-        assert run(*command, "45")[2].endswith("; give a multiple of --bn-splits, at least twice that, up to 40\n")
+        assert run(*command, "45")[2].endswith(": give a multiple of --bn-splits up to the 40 images\n")
         assert run(*command, "40")[0] == 0
 
     @pytest.mark.parametrize("saved, given", [
