@@ -1317,23 +1317,20 @@ LINEAR_OPTIONS = DATA_OPTIONS + " json"
 KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
-def command(names: str, defaults: Any = None) -> Callable:
+def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     """Make a function a Typer command with these options of Config; --help shows the values of `defaults`. The function
     gets only those given on the command line: a preset or checkpoint decides the rest. Typer reads __signature__."""
 
-    def decorate(function: Callable) -> Callable:
-        def call(context: typer.Context, **values: Any) -> None:
-            function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
+    def call(context: typer.Context, **values: Any) -> None:
+        function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-        parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        context = parameter("context", annotation=typer.Context)
-        *arguments, _ = inspect.signature(function).parameters.values()  # without **options
-        options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-        call.__signature__ = inspect.Signature([context, *arguments, *options])
-        app.command(function.__name__, help=function.__doc__)(call)
-        return function
-
-    return decorate
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    context = parameter("context", annotation=typer.Context)
+    *arguments, _ = inspect.signature(function).parameters.values()  # without **options
+    options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
+    call.__signature__ = inspect.Signature([context, *arguments, *options])
+    app.command(function.__name__, help=function.__doc__)(call)
+    return function
 
 
 # They ask a run to stop; not every system has all. Clusters send SIGUSR1 before their time limit.
@@ -1385,7 +1382,7 @@ def show_progress(run: Run, rows: Iterator) -> None:
                 say(dumps(row) if as_json else describe(row | {"minutes_left": left}))
 
 
-@command(" ".join(HINTS), Config)
+@partial(command, names=" ".join(HINTS), defaults=Config)
 def train(**options: Any) -> list:
     """Train an encoder without labels."""
     out = options.get("out", Config.out)
@@ -1429,19 +1426,19 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
     return result
 
 
-@command(KNN_OPTIONS)
+@partial(command, names=KNN_OPTIONS)
 def knn(checkpoint: CheckpointPath, **options: Any) -> dict:
     """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=False)
 
 
-@command(LINEAR_OPTIONS)
+@partial(command, names=LINEAR_OPTIONS)
 def linear(checkpoint: CheckpointPath, **options: Any) -> dict:
     """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=True)
 
 
-@command("overwrite")
+@partial(command, names="overwrite")
 def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
     check_out(output, options.get("overwrite"))
@@ -1461,7 +1458,7 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
     say(f"wrote {path}")
 
 
-@command("preset data root size aug seed overwrite", Config)
+@partial(command, names="preset data root size aug seed overwrite", defaults=Config)
 def views(output: OutputPath, **options: Any) -> None:
     """Draw eight images, each beside four pairs of its views."""
     config = Config.from_preset(**options)
@@ -1477,7 +1474,7 @@ def views(output: OutputPath, **options: Any) -> None:
     write_picture(output, groups)
 
 
-@command(f"{DATA_OPTIONS} seed overwrite")
+@partial(command, names=f"{DATA_OPTIONS} seed overwrite")
 def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
     """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
     split, the queries are training images, each its own nearest."""
