@@ -1445,7 +1445,6 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
     encoder = load_encoder(load_checkpoint(checkpoint), checkpoint)
     encoder.fc = nn.Identity()
     save_checkpoint(output, encoder.state_dict())
-    say(f"wrote {output}")
 
 
 def write_picture(path: str, groups: list[Tensor]) -> None:
@@ -1455,7 +1454,6 @@ def write_picture(path: str, groups: list[Tensor]) -> None:
     buffer = io.BytesIO()
     torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
     write_file(path, buffer.getbuffer())
-    say(f"wrote {path}")
 
 
 @partial(command, names="preset data root size aug seed overwrite", defaults=Config)
