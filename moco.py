@@ -1447,15 +1447,6 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
     save_checkpoint(output, encoder.state_dict())
 
 
-def write_picture(path: str, groups: list[Tensor]) -> None:
-    """Write groups of images (rows,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
-    gap = torch.ones_like(groups[0][:, :1])
-    rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)  # no gap at the left
-    buffer = io.BytesIO()
-    torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
-    write_file(path, buffer.getbuffer())
-
-
 @partial(command, names="preset data root size aug seed overwrite", defaults=Config)
 def views(output: OutputPath, **options: Any) -> None:
     """Draw eight images, each beside four pairs of its views."""
@@ -1465,11 +1456,14 @@ def views(output: OutputPath, **options: Any) -> None:
     augment = Augment(config.aug, config.size)
     crop, split_two_views = training_crops(train, config)
     chosen = torch.randperm(len(train), generator=rng("picture", config.seed))[:8]
-    groups = [images[:, None] / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]
-    for step, (images, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
-        pair = torch.stack(split_two_views(images, rng("step", config.seed, step)), 1)
-        groups.append(pair * augment.std + augment.mean)
-    write_picture(output, groups)
+    [(images, _)] = train.batches([(0, chosen)], augment.evaluation_view)
+    columns = [images / 255]
+    gap = torch.ones_like(columns[0])
+    for step, (crops, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
+        pair = split_two_views(crops, rng("step", config.seed, step))
+        columns += [gap, *(x * augment.std + augment.mean for x in pair)]
+    picture = torch.stack(columns, 1).flatten(0, 1)
+    torchvision.utils.save_image(picture, output, "png", nrow=len(columns), pad_value=1)
 
 
 @partial(command, names=f"{DATA_OPTIONS} seed overwrite")
@@ -1481,17 +1475,18 @@ def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) ->
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast))
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    features = extract_features(encoder, queries, config, autocast)
-    # The lengths of the features do not change the order.
+    features = F.normalize(extract_features(encoder, queries, config, autocast))
     nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (10,10), or fewer
     crop = Augment(config.aug, config.size).evaluation_view
-    [(shown, _)] = queries.batches([(0, chosen)], crop)
+    [(query, _)] = queries.batches([(0, chosen)], crop)
     [(found, _)] = data.train.batches([(0, nearest.flatten())], crop)
-    found = found.unflatten(0, nearest.shape) / 255
+    found = found.unflatten(0, nearest.shape)
     if data.test is not None:
         other = data.train.labels[nearest] != queries.labels[chosen, None]
-        found[other] = found[other] / 4 + 0.75  # faded
-    write_picture(output, [shown[:, None] / 255, found])
+        found[other] = found[other] // 4 + 192  # faded
+    columns = [query, torch.full_like(query, 255), *found.unbind(1)]
+    picture = torch.stack(columns, 1).flatten(0, 1) / 255
+    torchvision.utils.save_image(picture, output, "png", nrow=len(columns), pad_value=1)
 
 
 def main(argv: list[str] | None = None) -> None:
