@@ -1369,19 +1369,6 @@ def describe(result: dict) -> str:
     return "  ".join(values)
 
 
-def show_progress(run: Run, rows: Iterator) -> None:
-    """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
-    as_json = run.config.json
-    quiet = as_json or rank() > 0 or not sys.stdout.isatty()
-    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # inf: slow steps, too, get an estimate
-        task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
-        for row in rows:
-            bar.update(task, completed=run.step)
-            if row:
-                left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
-                say(dumps(row) if as_json else describe(row | {"minutes_left": left}))
-
-
 @partial(command, names=" ".join(HINTS), defaults=Config)
 def train(**options: Any) -> list:
     """Train an encoder without labels."""
@@ -1393,8 +1380,15 @@ def train(**options: Any) -> list:
     say(f"{config.data}: {run.data.description}; {run.device}, {run.precision}", config.json)
     if max(config.moco_k, 2 * config.knn_k) > len(run.data.train):
         say(f"note: --moco-k or --knn-k, if used, is large for {len(run.data.train)} images", config.json)
-    with catch_signals() as received:
-        show_progress(run, run.train(lambda: received))
+    hidden = config.json or rank() > 0 or not sys.stdout.isatty()
+    bar = Progress(speed_estimate_period=math.inf, disable=hidden)  # inf: slow steps, too, get an estimate
+    task = bar.add_task("", total=config.epochs * run.steps_per_epoch, completed=run.step)
+    with bar, catch_signals() as received:
+        for row in run.train(lambda: received):
+            bar.update(task, completed=run.step)
+            if row:
+                left = row["seconds"] * (config.epochs - row["epoch"]) / 60
+                say(dumps(row) if config.json else describe(row | {"minutes_left": left}))
     if len(run.rows) < config.epochs:
         say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
         sys.exit(128 + (received[0] if received else signal.SIGTERM))  # else another rank received it
