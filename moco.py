@@ -1310,8 +1310,6 @@ class Run:
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
-CheckpointPath = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
-OutputPath = Annotated[str, typer.Argument(help="file to write")]
 DATA_OPTIONS = "data root size workers aug device precision head"
 LINEAR_OPTIONS = DATA_OPTIONS + " json"
 KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
@@ -1421,19 +1419,19 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
 
 
 @partial(command, names=KNN_OPTIONS)
-def knn(checkpoint: CheckpointPath, **options: Any) -> dict:
+def knn(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=False)
 
 
 @partial(command, names=LINEAR_OPTIONS)
-def linear(checkpoint: CheckpointPath, **options: Any) -> dict:
+def linear(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
     return evaluate(checkpoint, options, linear=True)
 
 
 @partial(command, names="overwrite")
-def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
+def export(checkpoint: str, output: str, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
     check_out(output, options.get("overwrite"))
     encoder = load_encoder(load_checkpoint(checkpoint), checkpoint)
@@ -1442,7 +1440,7 @@ def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> No
 
 
 @partial(command, names="preset data root size aug seed overwrite", defaults=Config)
-def views(output: OutputPath, **options: Any) -> None:
+def views(output: str, **options: Any) -> None:
     """Draw eight images, each beside four pairs of its views."""
     config = Config.from_preset(**options)
     check_out(output, config.overwrite)
@@ -1461,7 +1459,7 @@ def views(output: OutputPath, **options: Any) -> None:
 
 
 @partial(command, names=f"{DATA_OPTIONS} seed overwrite")
-def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
+def neighbors(checkpoint: str, output: str, **options: Any) -> None:
     """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
     split, the queries are training images, each its own nearest."""
     check_out(output, options.get("overwrite"))
