@@ -1331,14 +1331,11 @@ def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     return function
 
 
-# They ask a run to stop; not every system has all. Clusters send SIGUSR1 before their time limit.
-SIGNALS = "SIGINT SIGTERM SIGHUP SIGUSR1".split()
-
-
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
     """Yield a list of the signals received, for the caller to act on. A second one meets the earlier handlers; with
     several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
+    names = "SIGINT SIGTERM SIGHUP SIGUSR1".split()  # clusters send SIGUSR1 before their time limit
     received = []
 
     def collect(number: int, _: Any) -> None:
@@ -1348,8 +1345,8 @@ def catch_signals() -> Iterator:
 
     with contextlib.ExitStack() as earlier:  # puts the handlers back
         with contextlib.suppress(ValueError):  # outside the main thread
-            for number in signal.Signals:
-                if number.name in SIGNALS and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+            for number in signal.Signals:  # not every system has all
+                if number.name in names and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                     before = signal.signal(number, collect)
                     earlier.callback(signal.signal, number, before)
         yield received
