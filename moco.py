@@ -1394,21 +1394,19 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     config = Config.from_preset(**checkpoint["config"] | options)
-    encoder = load_encoder(checkpoint, path)
     device, precision, autocast = pick_device(config)
     config = replace(config, device=device.type, precision=precision)
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(checkpoint, path).to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
 
-def evaluate(path: str, options: dict, linear: bool) -> dict:
+def evaluate(classifier: str, names: str, path: str, options: dict) -> dict:
     """Print and return a checkpoint's accuracy, `top1` in percent, and the settings that made it."""
     encoder, data, config, autocast, epoch = load_for_evaluation(path, options)
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.description}")
-    top1 = accuracy(encoder, data, config, autocast, linear)
-    result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=str(path), epoch=epoch)
-    names = LINEAR_OPTIONS if linear else KNN_OPTIONS
+    top1 = accuracy(encoder, data, config, autocast, linear=classifier == "linear")
+    result = dict(classifier=classifier, top1=top1, checkpoint=str(path), epoch=epoch)
     result |= {name: getattr(config, name) for name in names.split()}
     result |= dict(bank=len(data.train), queries=len(data.test))
     say(dumps(result) if config.json else describe(result))
@@ -1418,13 +1416,13 @@ def evaluate(path: str, options: dict, linear: bool) -> dict:
 @partial(command, names=KNN_OPTIONS)
 def knn(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
-    return evaluate(checkpoint, options, linear=False)
+    return evaluate("knn", KNN_OPTIONS, checkpoint, options)
 
 
 @partial(command, names=LINEAR_OPTIONS)
 def linear(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
-    return evaluate(checkpoint, options, linear=True)
+    return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 
 @partial(command, names="overwrite")
