@@ -1455,8 +1455,7 @@ def views(output: str, **options: Any) -> None:
 
 @partial(command, names=f"{DATA_OPTIONS} seed overwrite")
 def neighbors(checkpoint: str, output: str, **options: Any) -> None:
-    """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
-    split, the queries are training images, each its own nearest."""
+    """Draw ten test images (without labels, training images) beside their nearest, faded if of another class."""
     check_out(output, options.get("overwrite"))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     queries = data.test or data.train
