@@ -1200,40 +1200,32 @@ class Run:
 
 # ────────────────────────────────────────── Command line ──────────────────────────────────────────
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, pretty_exceptions_enable=False)
-CheckpointPath = Annotated[str, typer.Argument(help="file that train wrote, or an official one")]
-OutputPath = Annotated[str, typer.Argument(help="file to write")]
 DATA_OPTIONS = "data root size workers aug device precision head"
 LINEAR_OPTIONS = DATA_OPTIONS + " json"
 KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
-def command(names: str, defaults: Any = None) -> Callable:
+def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     """Make a function a Typer command with these options of Config; --help shows the values of `defaults`. The function
     gets only those given on the command line: a preset or checkpoint decides the rest. Typer reads __signature__."""
 
-    def decorate(function: Callable) -> Callable:
-        def call(context: typer.Context, **values: Any) -> None:
-            function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
+    def call(context: typer.Context, **values: Any) -> None:
+        function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-        parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        context = parameter("context", annotation=typer.Context)
-        *arguments, _ = inspect.signature(function).parameters.values()  # without **options
-        options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-        call.__signature__ = inspect.Signature([context, *arguments, *options])
-        app.command(function.__name__, help=function.__doc__)(call)
-        return function
-
-    return decorate
-
-
-# They ask a run to stop; not every system has all. Clusters send SIGUSR1 before their time limit.
-SIGNALS = "SIGINT SIGTERM SIGHUP SIGUSR1".split()
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    context = parameter("context", annotation=typer.Context)
+    *arguments, _ = inspect.signature(function).parameters.values()  # without **options
+    options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
+    call.__signature__ = inspect.Signature([context, *arguments, *options])
+    app.command(function.__name__, help=function.__doc__)(call)
+    return function
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
     """Yield a list of the signals received, for the caller to act on. A second one meets the earlier handlers; with
     several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
+    names = "SIGINT SIGTERM SIGHUP SIGUSR1".split()  # clusters send SIGUSR1 before their time limit
     received = []
 
     def collect(number: int, _: Any) -> None:
@@ -1243,8 +1235,8 @@ def catch_signals() -> Iterator:
 
     with contextlib.ExitStack() as earlier:  # puts the handlers back
         with contextlib.suppress(ValueError):  # outside the main thread
-            for number in signal.Signals:
-                if number.name in SIGNALS and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+            for number in signal.Signals:  # not every system has all
+                if number.name in names and signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                     before = signal.signal(number, collect)
                     earlier.callback(signal.signal, number, before)
         yield received
@@ -1262,20 +1254,7 @@ def describe(result: dict) -> str:
     return "  ".join(values)
 
 
-def show_progress(run: Run, rows: Iterator) -> None:
-    """Draw a progress bar on a terminal, and print a line per epoch anywhere."""
-    as_json = run.config.json
-    quiet = as_json or rank() > 0 or not sys.stdout.isatty()
-    with Progress(speed_estimate_period=math.inf, disable=quiet) as bar:  # inf: slow steps, too, get an estimate
-        task = bar.add_task("", total=run.config.epochs * run.steps_per_epoch, completed=run.step)
-        for row in rows:
-            bar.update(task, completed=run.step)
-            if row:
-                left = row["seconds"] * (run.config.epochs - row["epoch"]) / 60
-                say(dumps(row) if as_json else describe(row | {"minutes_left": left}))
-
-
-@command(" ".join(HINTS), Config)
+@partial(command, names=" ".join(HINTS), defaults=Config)
 def train(**options: Any) -> list:
     """Train an encoder without labels."""
     out = options.get("out", Config.out)
@@ -1286,8 +1265,15 @@ def train(**options: Any) -> list:
     say(f"{config.data}: {run.data.description}; {run.device}, {run.precision}", config.json)
     if max(config.moco_k, 2 * config.knn_k) > len(run.data.train):
         say(f"note: --moco-k or --knn-k, if used, is large for {len(run.data.train)} images", config.json)
-    with catch_signals() as received:
-        show_progress(run, run.train(lambda: received))
+    hidden = config.json or rank() > 0 or not sys.stdout.isatty()
+    bar = Progress(speed_estimate_period=math.inf, disable=hidden)  # inf: slow steps, too, get an estimate
+    task = bar.add_task("", total=config.epochs * run.steps_per_epoch, completed=run.step)
+    with bar, catch_signals() as received:
+        for row in run.train(lambda: received):
+            bar.update(task, completed=run.step)
+            if row:
+                left = row["seconds"] * (config.epochs - row["epoch"]) / 60
+                say(dumps(row) if config.json else describe(row | {"minutes_left": left}))
     if len(run.rows) < config.epochs:
         say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
         sys.exit(128 + (received[0] if received else signal.SIGTERM))  # else another rank received it
@@ -1298,61 +1284,48 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     """Return a checkpoint's encoder, data, config with the options given, autocast and epoch."""
     checkpoint = load_checkpoint(path)
     config = Config.from_preset(**checkpoint["config"] | options)
-    encoder = load_encoder(checkpoint, path)
     device, precision, autocast = pick_device(config)
     config = replace(config, device=device.type, precision=precision)
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder = load_encoder(checkpoint, path).to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 
 
-def evaluate(path: str, options: dict, linear: bool) -> dict:
+def evaluate(classifier: str, names: str, path: str, options: dict) -> dict:
     """Print and return a checkpoint's accuracy, `top1` in percent, and the settings that made it."""
     encoder, data, config, autocast, epoch = load_for_evaluation(path, options)
     if data.test is None:
         raise UserError(f"--data {config.data}: {data.description}")
-    top1 = accuracy(encoder, data, config, autocast, linear)
-    result = dict(classifier="linear" if linear else "knn", top1=top1, checkpoint=str(path), epoch=epoch)
-    names = LINEAR_OPTIONS if linear else KNN_OPTIONS
+    top1 = accuracy(encoder, data, config, autocast, linear=classifier == "linear")
+    result = dict(classifier=classifier, top1=top1, checkpoint=str(path), epoch=epoch)
     result |= {name: getattr(config, name) for name in names.split()}
     result |= dict(bank=len(data.train), queries=len(data.test))
     say(dumps(result) if config.json else describe(result))
     return result
 
 
-@command(KNN_OPTIONS)
-def knn(checkpoint: CheckpointPath, **options: Any) -> dict:
+@partial(command, names=KNN_OPTIONS)
+def knn(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
-    return evaluate(checkpoint, options, linear=False)
+    return evaluate("knn", KNN_OPTIONS, checkpoint, options)
 
 
-@command(LINEAR_OPTIONS)
-def linear(checkpoint: CheckpointPath, **options: Any) -> dict:
+@partial(command, names=LINEAR_OPTIONS)
+def linear(checkpoint: str, **options: Any) -> dict:
     """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
-    return evaluate(checkpoint, options, linear=True)
+    return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 
-@command("overwrite")
-def export(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
+@partial(command, names="overwrite")
+def export(checkpoint: str, output: str, **options: Any) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
     check_out(output, options.get("overwrite"))
     encoder = load_encoder(load_checkpoint(checkpoint), checkpoint)
     encoder.fc = nn.Identity()
     save_checkpoint(output, encoder.state_dict())
-    say(f"wrote {output}")
 
 
-def write_picture(path: str, groups: list[Tensor]) -> None:
-    """Write groups of images (rows,columns,3,S,S) in [0,1] side by side as a PNG, with a gap between groups."""
-    gap = torch.ones_like(groups[0][:, :1])
-    rows = torch.cat([x for group in groups for x in (gap, group)][1:], 1)  # no gap at the left
-    buffer = io.BytesIO()
-    torchvision.utils.save_image(rows.flatten(0, 1), buffer, "png", nrow=rows.shape[1], pad_value=1)
-    write_file(path, buffer.getbuffer())
-    say(f"wrote {path}")
-
-
-@command("preset data root size aug seed overwrite", Config)
-def views(output: OutputPath, **options: Any) -> None:
+@partial(command, names="preset data root size aug seed overwrite", defaults=Config)
+def views(output: str, **options: Any) -> None:
     """Draw eight images, each beside four pairs of its views."""
     config = Config.from_preset(**options)
     check_out(output, config.overwrite)
@@ -1360,33 +1333,36 @@ def views(output: OutputPath, **options: Any) -> None:
     augment = Augment(config.aug, config.size)
     crop, split_two_views = training_crops(train, config)
     chosen = torch.randperm(len(train), generator=rng("picture", config.seed))[:8]
-    groups = [images[:, None] / 255 for images, _ in train.batches([(0, chosen)], augment.evaluation_view)]
-    for step, (images, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
-        pair = torch.stack(split_two_views(images, rng("step", config.seed, step)), 1)
-        groups.append(pair * augment.std + augment.mean)
-    write_picture(output, groups)
+    [(images, _)] = train.batches([(0, chosen)], augment.evaluation_view)
+    columns = [images / 255]
+    gap = torch.ones_like(columns[0])
+    for step, (crops, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
+        pair = split_two_views(crops, rng("step", config.seed, step))
+        columns += [gap, *(x * augment.std + augment.mean for x in pair)]
+    picture = torch.stack(columns, 1).flatten(0, 1)
+    torchvision.utils.save_image(picture, output, "png", nrow=len(columns), pad_value=1)
 
 
-@command(f"{DATA_OPTIONS} seed overwrite")
-def neighbors(checkpoint: CheckpointPath, output: OutputPath, **options: Any) -> None:
-    """Draw ten test images, each beside its nearest training images; those of another class are faded. Without a test
-    split, the queries are training images, each its own nearest."""
+@partial(command, names=f"{DATA_OPTIONS} seed overwrite")
+def neighbors(checkpoint: str, output: str, **options: Any) -> None:
+    """Draw ten test images (without labels, training images) beside their nearest, faded if of another class."""
     check_out(output, options.get("overwrite"))
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast))
     chosen = torch.randperm(len(queries), generator=rng("picture", config.seed))[:10]
-    features = extract_features(encoder, queries, config, autocast)
-    # The lengths of the features do not change the order.
+    features = F.normalize(extract_features(encoder, queries, config, autocast))
     nearest = (features[chosen] @ bank.T).topk(min(10, len(bank))).indices.cpu()  # (10,10), or fewer
     crop = Augment(config.aug, config.size).evaluation_view
-    [(shown, _)] = queries.batches([(0, chosen)], crop)
+    [(query, _)] = queries.batches([(0, chosen)], crop)
     [(found, _)] = data.train.batches([(0, nearest.flatten())], crop)
-    found = found.unflatten(0, nearest.shape) / 255
+    found = found.unflatten(0, nearest.shape)
     if data.test is not None:
         other = data.train.labels[nearest] != queries.labels[chosen, None]
-        found[other] = found[other] / 4 + 0.75  # faded
-    write_picture(output, [shown[:, None] / 255, found])
+        found[other] = found[other] // 4 + 192  # faded
+    columns = [query, torch.full_like(query, 255), *found.unbind(1)]
+    picture = torch.stack(columns, 1).flatten(0, 1) / 255
+    torchvision.utils.save_image(picture, output, "png", nrow=len(columns), pad_value=1)
 
 
 def main(argv: list[str] | None = None) -> None:
