@@ -51,16 +51,14 @@ import torchvision
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Generator, Tensor, nn
+from torch.nn import Module
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
-
-__version__ = "0.3.0"
 
 
 # ────────────────────────────────── Random numbers and processes ──────────────────────────────────
 def rng(*key: int | str) -> Generator:
     """Return a CPU generator seeded by the key alone, e.g. ("step", seed, step)."""
-    # The digest has 4 bytes, since torch's generator uses 32 bits of its seed.
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()  # torch uses 32 bits of a seed
     return Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -102,8 +100,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # else a second derivative is a wrong number, not an error
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # all_reduce is in-place, and autograd may still need this gradient.
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may still need this one
         dist.all_reduce(gradient)
         return local_rows(gradient)
 
@@ -132,13 +129,13 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor |
         return (total - positive).mean()
 
 
-def embed(encoder: nn.Module, x: Tensor) -> Tensor:
+def embed(encoder: Module, x: Tensor) -> Tensor:
     """Return the embeddings of views x (N,3,S,S) as unit rows (N,C), in float32 or float64."""
     z = encoder(x)
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
-def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None) -> Tensor:
+def embed_shuffled(encoder: Module, im_k: Tensor, generator: Generator | None) -> Tensor:
     """Return all ranks' keys (P·N,C) of views im_k (N,3,S,S), in the views' order, computed in a random one: ShuffleBN,
     1911.05722, section 3.3. Else a query and its key share BatchNorm statistics, which reveal the match."""
     if generator is None and world_size() > 1:
@@ -149,19 +146,13 @@ def embed_shuffled(encoder: nn.Module, im_k: Tensor, generator: Generator | None
     return all_gather(shuffled)[order.argsort()]
 
 
-class MoCo(nn.Module):
+class MoCo(Module):
     """Contrast queries with a queue of keys from a momentum encoder: MoCo, 1911.05722, algorithm 1. encoder: any
     module that maps a batch to (N,dim); encoder_k starts as its copy. queue (dim,K): unit columns, random at first.
     queue_ptr (1,) int64: column of the oldest key. In eval mode, neither queue nor encoder_k changes."""
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        dim: int = 128,
-        K: int = 4096,
-        m: float = 0.99,
-        T: float = 0.1,
-        symmetric: bool = False,
+        self, encoder: Module, dim: int = 128, K: int = 4096, m: float = 0.99, T: float = 0.1, symmetric: bool = False
     ) -> None:
         super().__init__()
         self.K = K
@@ -176,9 +167,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def momentum_update(self) -> None:
         """Move the key encoder, eq. 2: θ_k ← m·θ_k + (1−m)·θ_q, parameters but not buffers."""
-        theta_k = list(self.encoder_k.parameters())
-        theta_q = list(self.encoder_q.parameters())
-        torch._foreach_lerp_(theta_k, theta_q, 1 - self.m)  # one kernel launch for all, not one for each
+        # One kernel launch for all, not one for each.
+        torch._foreach_lerp_([*self.encoder_k.parameters()], [*self.encoder_q.parameters()], 1 - self.m)
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, keys: Tensor) -> None:
@@ -207,10 +197,10 @@ class MoCo(nn.Module):
         return loss
 
 
-class EndToEnd(nn.Module):
+class EndToEnd(Module):
     """Contrast queries with the batch's other keys, gradients into both: 1911.05722, figure 2a."""
 
-    def __init__(self, encoder: nn.Module, T: float = 0.1) -> None:
+    def __init__(self, encoder: Module, T: float = 0.1) -> None:
         super().__init__()
         self.encoder_q = encoder
         self.T = T
@@ -223,13 +213,13 @@ class EndToEnd(nn.Module):
         return info_nce(q, local_rows(k), k.T, self.T, ignore=own)
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(Module):
     """Contrast queries with stored embeddings: 1911.05722, figure 2b; InstDisc, 1805.01978. bank (num_images,dim): one
     unit row per image, random at first. The key of an image is its row, the negatives are K rows drawn with
     replacement for the batch. In training, row ← normalize(m·row + (1−m)·q)."""
 
     def __init__(
-        self, encoder: nn.Module, num_images: int, dim: int = 128, K: int = 4096, m: float = 0.5, T: float = 0.1
+        self, encoder: Module, num_images: int, dim: int = 128, K: int = 4096, m: float = 0.5, T: float = 0.1
     ) -> None:
         super().__init__()
         self.encoder_q = encoder
@@ -261,16 +251,15 @@ class SimCLR(EndToEnd):
         z_k = embed(self.encoder_q, im_k)
         all_q = all_gather(z_q)
         negatives = torch.cat([all_q, all_gather(z_k)]).T
-        own = local_rows(torch.eye(len(all_q), dtype=torch.bool, device=all_q.device))  # (N,P·N)
-        own = own.repeat(2, 2)  # neither a query itself nor its key is a negative
+        # Neither a query itself nor its key is a negative: (2N,2·P·N).
+        own = local_rows(torch.eye(len(all_q), dtype=torch.bool, device=all_q.device)).repeat(2, 2)
         return info_nce(torch.cat([z_q, z_k]), torch.cat([z_k, z_q]), negatives, self.T, ignore=own)
 
 
 # ──────────────────────────────────────────── Encoder ─────────────────────────────────────────────
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Normalize `num_splits` contiguous groups of the batch separately, as that many GPUs would. The running
-    statistics move once per forward, by the mean of the groups' statistics. Eval mode, names and options are
-    BatchNorm2d's; momentum=None, track_running_stats=False are not supported. Raises ValueError for an uneven split."""
+    """Normalize `num_splits` contiguous groups of the batch separately, as that many GPUs would. The running statistics
+    move once per forward, by the mean of the groups' statistics. Raises ValueError for an uneven split."""
 
     def __init__(self, num_features: int, num_splits: int = 8, **batchnorm_options: Any) -> None:
         super().__init__(num_features, **batchnorm_options)
@@ -282,8 +271,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         splits = self.num_splits
         if len(x) % splits:
             raise ValueError(f"a batch of {len(x)} cannot be split into {splits} groups")
-        # F.batch_norm updates the statistics in place, so each group gets a copy.
-        means = self.running_mean.repeat(splits, 1)
+        means = self.running_mean.repeat(splits, 1)  # a copy per group: F.batch_norm updates it in place
         variances = self.running_var.repeat(splits, 1)
         # Expanded once, so that autograd sums the groups' gradients once.
         weights = self.weight.expand(splits, -1) if self.affine else [None] * splits
@@ -304,10 +292,9 @@ ARCHS = {  # block, and the number of blocks in each layer
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # kernel and stride of the first convolution
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(Module):
     """Embed images by a ResNet, 1512.03385, with torchvision's blocks and names, and a head `fc`. stem: "cifar" (3×3,
     for small images) or "imagenet" (7×7, stride 2, max-pool). width: multiplies all numbers of channels. mlp: the
     2-layer head of MoCo v2, else a linear one. feature_dim: D."""
@@ -323,7 +310,7 @@ class ResNetEncoder(nn.Module):
     ) -> None:
         super().__init__()
         block, depths = ARCHS[arch]
-        kernel, stem_stride = STEMS[stem]
+        kernel, stem_stride = (3, 1) if stem == "cifar" else (7, 2)
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
         channels = int(64 * width)  # into the next block
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
@@ -335,9 +322,7 @@ class ResNetEncoder(nn.Module):
             layer = nn.Sequential()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                shortcut = None
-                if out != channels:
-                    shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out))
+                shortcut = nn.Sequential(conv1x1(channels, out, stride), norm(out)) if out != channels else None
                 layer.append(block(channels, planes, stride, shortcut, norm_layer=norm))
                 channels = out
             self.add_module(f"layer{i + 1}", layer)
@@ -360,13 +345,9 @@ class ResNetEncoder(nn.Module):
 
 
 # ───────────────────────────────────────────── Views ──────────────────────────────────────────────
-# Images x are float (N,3,H,W) in [0,1]. lerp by 0 or 1 selects: on a CPU, 20 times as fast as torch.where.
-
-
 def crop_boxes(u: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
-    """Turn uniform u (N,4,10) into torchvision's RandomResizedCrop: boxes (N,4) of top, left, h, w. The area is
-    uniform in `scale`, a fraction of the image; log(aspect ratio) in ±log(4/3). The first of ten tries that fits into
-    the image counts, else the largest centered box of an allowed ratio."""
+    """Turn uniform u (N,4,10) into boxes (N,4) of top, left, h, w as torchvision's RandomResizedCrop does: area in
+    `scale`, a fraction of the image, log(w/h) in ±log(4/3); the first of ten that fits, else the largest centered."""
     u_area, u_ratio, u_top, u_left = u.unbind(1)  # (N,10) each
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
     ratio = (math.log(4 / 3) * (2 * u_ratio - 1)).exp()
@@ -391,8 +372,8 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut each image to its box (N,4) of top, left, h, w and resize it to (N,3,size,size): bilinear with antialiasing,
-    by triangular weights, as wide to each side as an input or output pixel, the larger."""
+    """Cut each image of x (N,3,H,W) to its box (N,4) and resize it to (N,3,size,size): bilinear with antialiasing, by
+    triangular weights, as wide to each side as an input or output pixel, the larger."""
     matrices = []  # (N,size,H) and (N,size,W)
     for side in (0, 1):
         start, length = boxes[:, side::2, None, None].unbind(1)  # (N,1,1) each: top and h, or left and w
@@ -460,7 +441,6 @@ GRAY = (0.2, lambda x, _: tvf.rgb_to_grayscale(x))  # (N,1,H,W)
 BLUR = (0.5, gaussian_blur)
 JITTER = (0.8, color_jitter)
 JITTER_V1 = (1, partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4)))
-
 CIFAR_COLORS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, std
 IMAGENET_COLORS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluation, normalization, transforms
@@ -483,8 +463,7 @@ class Augment:
         if images.dtype != torch.uint8 or images.shape[1:-2] != (3,):
             raise TypeError(f"images are uint8 (N,3,H,W), not {images.dtype} {tuple(images.shape)}")
         u = uniform(generator, len(images), 4, 10)
-        # On the CPU: faster than many tiny GPU kernels.
-        boxes = crop_boxes(u, *images.shape[2:], self.scale)
+        boxes = crop_boxes(u, *images.shape[2:], self.scale)  # on the CPU: faster than many tiny GPU kernels
         crops = crop(images / 255, copy_to(boxes, images.device), self.size)
         return self.augment_crops(crops, generator)
 
@@ -492,7 +471,7 @@ class Augment:
         """Apply the recipe's transforms at random to crops (N,3,S,S) in [0,1], which are overwritten, and normalize."""
         for probability, transform in self.transforms:
             chosen = uniform(generator, len(x), 1, 1, 1, device=x.device) < probability
-            x = x.lerp_(transform(x, generator), chosen.to(x))  # a gray channel broadcasts
+            x = x.lerp_(transform(x, generator), chosen.to(x))  # on a CPU, 20 times as fast as torch.where
         return self.normalize(x)
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -532,7 +511,7 @@ class SplitTwoViews:
 
 # ───────────────────────────────────────────── A step ─────────────────────────────────────────────
 def train_step(
-    model: nn.Module,
+    model: Module,
     optimizer: torch.optim.Optimizer,
     split_two_views: Callable,
     images: Tensor,
@@ -594,6 +573,17 @@ class UserError(ValueError):
     """A mistake that a user can correct; the message names the flag or the file and what to do."""
 
 
+@contextlib.contextmanager
+def explain(what: str) -> Iterator:
+    """Make any error in a block a UserError of one line: what is wrong, and the cause."""
+    try:
+        yield
+    except Exception as error:  # damaged bytes can cause any
+        cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
+        message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
+        raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
+
+
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
     """Declare an option of Config and its --help; Typer refuses numbers outside [low, high]."""
     high = None if low is None else high  # else --help would show a limit for text
@@ -613,7 +603,7 @@ class Config:
     symmetric: bool = option(False, "with --method moco: query with both views, add the two losses")
     seed: int = option(0, "seed of weights, order, views and shuffles", 0)
     arch: Literal[tuple(ARCHS)] = option("resnet18", "backbone")
-    stem: Literal[tuple(STEMS)] = option("cifar", "3x3, or 7x7 with stride 2 and max-pool")
+    stem: Literal["cifar", "imagenet"] = option("cifar", "3x3, or 7x7 with stride 2 and max-pool")
     width: float = option(1.0, "factor on all channels", 1 / 8, 16)
     mlp: bool = option(True, "2-layer head (v2), else a linear one (v1)")
     bn_splits: int = option(8, "groups that BatchNorm normalizes separately (simulated GPUs); 1 for simclr", 1)
@@ -633,7 +623,6 @@ class Config:
     head: bool = option(False, "evaluate the output of the head, not the pooled features")
     out: str = option("ckpt.pt", "checkpoint to write, with a .csv of the epochs beside it")
     resume: bool = option(False, "continue the run in --out, if there is one, with its options")
-    overwrite: bool = option(False, "replace files that exist")
     save_seconds: float = option(300.0, "seconds between saves within an epoch", 0)
     root: str = option("data", "folder for the downloads of cifar10 and cifar100")
     workers: int = option(2, "threads per process that read a folder's images", 1)
@@ -657,10 +646,9 @@ class Config:
 
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
-# What --resume may change, beside RUNTIME; the others decide what the checkpoint's tensors mean.
-FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()
-# How to run: never taken from a checkpoint.
-RUNTIME = "out resume overwrite save_seconds root workers device compile json".split()
+FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()  # --resume may change these
+RUNTIME = "out resume save_seconds root workers device compile json".split()  # no checkpoint decides these
+COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
 IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
 SMALL = dict(arch="resnet10", width=0.25, bn_splits=2)
@@ -722,8 +710,7 @@ class Files:
                 yield copy_to(images, self.device), indices
 
 
-# Formats that Pillow decodes by itself (for EPS it starts Ghostscript), under all their suffixes.
-FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM AVIF".split()  # Pillow decodes them itself; for EPS it starts Ghostscript
 SUFFIXES = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 MEMORY = 2**30  # bytes: a split whose images have one size and take no more is kept in memory
 
@@ -774,15 +761,13 @@ def load_data(config: Config, device: torch.device) -> Data:
 
 def cifar(config: Config, train: bool) -> tuple:
     """Return CIFAR's images uint8 (M,3,32,32) and labels (M,); rank 0 downloads them first."""
-    if rank() > 0:
-        dist.barrier()  # until rank 0 has downloaded
-    try:
-        split = getattr(torchvision.datasets, config.data.upper())(config.root, train, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--data {config.data}: no download to --root ({error}); try --data shapes") from error
-    finally:  # after an error, too: the other ranks wait for it
-        if rank() == 0 and world_size() > 1:
-            dist.barrier()
+    load = partial(getattr(torchvision.datasets, config.data.upper()), config.root, train, download=True)
+    with contextlib.suppress(OSError, RuntimeError):  # it fails again below, on all ranks
+        if rank() == 0:
+            load()
+    all_gather(torch.zeros(1))  # the other ranks wait for the download
+    with explain(f"--data {config.data}: no download to --root; try --data shapes"):
+        split = load()
     return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
 
 
@@ -828,7 +813,6 @@ def find_splits(root: str) -> tuple:
     test_top = train_top and (pick_folder(tops, "val") or pick_folder(tops, "test"))
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-
     classes = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
     numbers = {name: i for i, name in enumerate(classes)}
     labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test if test}
@@ -837,7 +821,6 @@ def find_splits(root: str) -> tuple:
         test, test_top, labels = [], "", {}
     elif outside:
         raise UserError(f"--data: {outside[0]} is in none of the class folders to train on")
-
     testing = f"{len(test)} to test on in {test_top}" if test else "no kNN: that needs train/CLASS/* and val/CLASS/*"
     others = sorted(tops - {train_top, test_top}) if train_top else []
     unread = f"; not read: {' '.join(others)}" if others else ""
@@ -866,33 +849,28 @@ def shapes(train: bool) -> tuple:
     return (images.clamp(0, 1) * 255).byte(), labels
 
 
-class Stopped(Exception):
-    """Training or an evaluation was asked to stop: its stop() was true. The default, bool(), never is."""
-
-
 @torch.no_grad()
 def extract_features(
-    encoder: nn.Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
+    encoder: Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
 ) -> Tensor:
-    """Return pooled features float32 (M,D), with --head embeddings, in eval mode. Raises Stopped if stop() is true."""
+    """Return pooled features float32 (M,D), with --head embeddings, in eval mode. Raises InterruptedError if stop()."""
     augment = Augment(config.aug, config.size)
-    per_rank = math.ceil(len(images) / world_size())
-    # Every rank must have as many rows: the last image fills up.
-    indices = local_rows(torch.arange(world_size() * per_rank).clamp(max=len(images) - 1))
+    total = world_size() * math.ceil(len(images) / world_size())  # every rank has as many: the last image fills up
+    indices = local_rows(torch.arange(total).clamp(max=len(images) - 1))
     plan = ((0, batch) for batch in indices.split(512))  # epoch 0: evaluation_view ignores it
     embed_batch = encoder if config.head else encoder.features
     encoder.eval()
     features = []
     for batch, _ in images.batches(plan, augment.evaluation_view):
-        if stop():
-            raise Stopped
+        if stop():  # the default, bool(), is False
+            raise InterruptedError
         with autocast():
             features.append(embed_batch(augment.normalize(batch / 255)).float())
     return all_gather(torch.cat(features))[: len(images)]
 
 
 def accuracy(
-    encoder: nn.Module, data: Data, config: Config, autocast: Callable, linear: bool = False, stop: Callable = bool
+    encoder: Module, data: Data, config: Config, autocast: Callable, linear: bool = False, stop: Callable = bool
 ) -> float:
     """Return the percentage of test images that kNN (or a linear classifier) gets right."""
     bank = extract_features(encoder, data.train, config, autocast, stop)
@@ -910,24 +888,10 @@ def accuracy(
 
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
-def check_out(path: str, may_exist: bool) -> None:
-    """Raise UserError if a path is no place for a file, or would replace one."""
-    target = Path(path)
-    if not target.parent.is_dir() or (target.exists() and not target.is_file()):
-        raise UserError(f"{path}: must be a file in a folder that exists")
-    if target.exists() and not may_exist:
-        raise UserError(f"{path}: exists already; give --overwrite, another name or, to continue a run, --resume")
-
-
-@contextlib.contextmanager
-def explain(what: str) -> Iterator:
-    """Make any error in a block a UserError of one line: what is wrong, and the cause."""
-    try:
-        yield
-    except Exception as error:  # damaged bytes can cause any
-        cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
-        message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
-        raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
+def check_new(path: str) -> None:
+    """Raise UserError unless a path is that of a new file, in a folder that exists."""
+    if os.path.exists(path) or not Path(path).parent.is_dir():
+        raise UserError(f"{path}: must be a new file, in a folder that exists; to continue a run, give --resume")
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -1012,8 +976,7 @@ def pick_device(config: Config) -> tuple:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     fast = False
     if name == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", rank()))
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(rank() % torch.cuda.device_count())
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
@@ -1025,7 +988,7 @@ def pick_device(config: Config) -> tuple:
     return torch.device(name), precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
 
-def build_model(config: Config, num_images: int) -> nn.Module:
+def build_model(config: Config, num_images: int) -> Module:
     """Return the model of a configuration; seeds torch, from which the first weights come."""
     torch.manual_seed(config.seed)
     dim, K, T = config.moco_dim, config.moco_k, config.moco_t
@@ -1065,8 +1028,6 @@ class Run:
     """Train as a Config says, from the start or, with `resume`, from `out`. That holds all that training changes: the
     run ends as if never stopped. Raises UserError, before anything is written, if options, files or data do not fit."""
 
-    COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
-
     def __init__(self, config: Config) -> None:
         self.device, self.precision, self.autocast = pick_device(config)
         self.config = config
@@ -1074,8 +1035,9 @@ class Run:
             raise UserError(f"--bn-splits {config.bn_splits}: must be a multiple of the {world_size()} processes")
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
-        for path in (config.out, self.csv_path):
-            check_out(path, config.overwrite or resumes or rank() > 0)
+        if not resumes and rank() == 0:
+            check_new(config.out)
+            check_new(self.csv_path)
         self.data = load_data(config, self.device)
         n = len(self.data.train)
         if config.batch_size > n:
@@ -1127,7 +1089,7 @@ class Run:
         self.save()  # a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = self.data.train.batches(plan, self.crop)
-        with contextlib.suppress(Stopped):  # raised by end_epoch, during kNN
+        with contextlib.suppress(InterruptedError):  # raised by end_epoch, during kNN
             while len(self.rows) < self.config.epochs and not self.agree(stop()):
                 if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else a run stopped during kNN goes on
                     self.take_step(*next(batches))
@@ -1146,7 +1108,7 @@ class Run:
         self.step += 1
 
     def end_epoch(self, stop: Callable) -> dict | None:
-        """Append and return the row of an epoch that has ended, with kNN if due. Raises Stopped once stop() is true."""
+        """Append and return the row of an epoch that has ended, with kNN if due. Raises InterruptedError."""
         config = self.config
         epoch = len(self.rows) + 1
         if self.step < epoch * self.steps_per_epoch:
@@ -1159,11 +1121,10 @@ class Run:
             self.save()  # a run that ends during kNN loses nothing, and all ranks have the same statistics
             knn = accuracy(self.model.encoder_q, self.data, config, self.autocast, stop=lambda: self.agree(stop()))
             self.model.train()
-        lr = learning_rate(config, epoch - 1)  # the epoch's first
-        row = dict(zip(self.COLUMNS, (epoch, loss, lr, knn, speed, time.monotonic() - self.began)))
-        self.rows.append(row)
+        values = (epoch, loss, learning_rate(config, epoch - 1), knn, speed, time.monotonic() - self.began)
+        self.rows.append(dict(zip(COLUMNS, values)))
         self.began = time.monotonic()
-        return row
+        return self.rows[-1]
 
     def agree(self, flag: Any) -> bool:
         """Return whether any rank's `flag` is true."""
@@ -1192,7 +1153,7 @@ class Run:
         if rank() == 0:
             save_checkpoint(self.config.out, checkpoint)
             table = io.StringIO()
-            csv.writer(table, lineterminator="\n").writerows([self.COLUMNS, *(row.values() for row in self.rows)])
+            csv.writer(table, lineterminator="\n").writerows([COLUMNS, *(row.values() for row in self.rows)])
             write_file(self.csv_path, table.getvalue().encode())  # last: never ahead of the checkpoint
         self.agree(False)  # no rank goes on, and reads the file, before it is there
         self.next_save = time.monotonic() + self.config.save_seconds
@@ -1206,17 +1167,15 @@ KNN_OPTIONS = LINEAR_OPTIONS + " knn_k knn_t"
 
 
 def command(function: Callable, names: str, defaults: Any = None) -> Callable:
-    """Make a function a Typer command with these options of Config; --help shows the values of `defaults`. The function
-    gets only those given on the command line: a preset or checkpoint decides the rest. Typer reads __signature__."""
+    """Make a function a Typer command. It gets the options that are given; a preset or checkpoint decides the rest."""
 
     def call(context: typer.Context, **values: Any) -> None:
         function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-    parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    context = parameter("context", annotation=typer.Context)
+    context, _ = inspect.signature(call).parameters.values()
     *arguments, _ = inspect.signature(function).parameters.values()  # without **options
-    options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-    call.__signature__ = inspect.Signature([context, *arguments, *options])
+    options = [context.replace(name=x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
+    call.__signature__ = inspect.Signature([context, *arguments, *options])  # which Typer reads
     app.command(function.__name__, help=function.__doc__)(call)
     return function
 
@@ -1315,20 +1274,20 @@ def linear(checkpoint: str, **options: Any) -> dict:
     return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 
-@partial(command, names="overwrite")
-def export(checkpoint: str, output: str, **options: Any) -> None:
+@app.command()
+def export(checkpoint: str, output: str) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
-    check_out(output, options.get("overwrite"))
+    check_new(output)
     encoder = load_encoder(load_checkpoint(checkpoint), checkpoint)
     encoder.fc = nn.Identity()
     save_checkpoint(output, encoder.state_dict())
 
 
-@partial(command, names="preset data root size aug seed overwrite", defaults=Config)
+@partial(command, names="preset data root size aug seed", defaults=Config)
 def views(output: str, **options: Any) -> None:
     """Draw eight images, each beside four pairs of its views."""
     config = Config.from_preset(**options)
-    check_out(output, config.overwrite)
+    check_new(output)
     train = load_data(config, torch.device("cpu")).train
     augment = Augment(config.aug, config.size)
     crop, split_two_views = training_crops(train, config)
@@ -1339,14 +1298,13 @@ def views(output: str, **options: Any) -> None:
     for step, (crops, _) in enumerate(train.batches([(epoch, chosen) for epoch in range(4)], crop)):
         pair = split_two_views(crops, rng("step", config.seed, step))
         columns += [gap, *(x * augment.std + augment.mean for x in pair)]
-    picture = torch.stack(columns, 1).flatten(0, 1)
-    torchvision.utils.save_image(picture, output, "png", nrow=len(columns), pad_value=1)
+    torchvision.utils.save_image(torch.stack(columns, 1).flatten(0, 1), output, "png", nrow=len(columns), pad_value=1)
 
 
-@partial(command, names=f"{DATA_OPTIONS} seed overwrite")
+@partial(command, names=f"{DATA_OPTIONS} seed")
 def neighbors(checkpoint: str, output: str, **options: Any) -> None:
     """Draw ten test images (without labels, training images) beside their nearest, faded if of another class."""
-    check_out(output, options.get("overwrite"))
+    check_new(output)
     encoder, data, config, autocast, _ = load_for_evaluation(checkpoint, options)
     queries = data.test or data.train
     bank = F.normalize(extract_features(encoder, data.train, config, autocast))
