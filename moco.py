@@ -1274,7 +1274,7 @@ def linear(checkpoint: str, **options: Any) -> dict:
     return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 
-@app.command()
+@app.command("export")
 def export(checkpoint: str, output: str) -> None:
     """Write a checkpoint's backbone, without its head, under torchvision's names."""
     check_new(output)

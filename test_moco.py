@@ -2402,7 +2402,7 @@ class TestCommandLine:
         out = " ".join("".join(run()[1:]).split())
         assert moco.__doc__.splitlines()[0] in out
         for command in moco.app.registered_commands:
-            assert (command.help or command.callback.__doc__)[:40] in out
+            assert f"{command.name} {(command.help or command.callback.__doc__)[:40]}" in out
         helps = [run(command, "--help")[1] for command in ("train", "knn", "linear", "neighbors")]
         assert ["default:" in text for text in helps] == [True, False, False, False]  # those of the checkpoint count
         assert {flag(name) for name in moco.HINTS} <= set(helps[0].split())
