@@ -574,11 +574,11 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def explain(what: str) -> Iterator:
-    """Make any error in a block a UserError of one line: what is wrong, and the cause."""
+def explain(what: str, kinds: Any = Exception) -> Iterator:
+    """Make errors of these kinds, in a block, a UserError of one line: what is wrong, and the cause."""
     try:
         yield
-    except Exception as error:  # damaged bytes can cause any
+    except kinds as error:
         cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
         message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
         raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
@@ -724,7 +724,7 @@ def read_image(path: str) -> Tensor:
             return tvf.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged bytes can cause any
         cause = str(error).replace(repr(path), "").split("\n")[0].strip(": ")
-        raise UserError(f"{path}: cannot be read ({cause}); replace or remove it (then without --resume)") from error
+        raise UserError(f"{path}: cannot be read ({cause}); replace it, or remove it and begin anew") from error
 
 
 @dataclass
@@ -766,7 +766,7 @@ def cifar(config: Config, train: bool) -> tuple:
         if rank() == 0:
             load()
     all_gather(torch.zeros(1))  # the other ranks wait for the download
-    with explain(f"--data {config.data}: no download to --root; try --data shapes"):
+    with explain(f"--data {config.data}: no download to --root; try --data shapes", (OSError, RuntimeError)):
         split = load()
     return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
 
@@ -898,7 +898,7 @@ def write_file(path: str, content: bytes) -> None:
     """Write atomically: readers see the old file or the new one. Raises UserError if it fails."""
     target = os.path.realpath(path)  # a link stays a link
     temporary = f"{target}.{os.urandom(4).hex()}.tmp"  # unique: two runs may write one path
-    with explain(f"{path}: not written; the old file, if any, is kept"):
+    with explain(f"{path}: not written; the old file, if any, is kept", OSError):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
@@ -931,7 +931,7 @@ def check_tensors(tensors: dict, expected: dict) -> None:
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; nothing in it is executed. "config" keeps the known
     options except RUNTIME. Raises UserError for a file that is missing, damaged or no checkpoint."""
-    with explain(f"{path}: not a checkpoint"):
+    with explain(f"{path}: not a checkpoint"):  # damaged bytes can cause any error
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch checks no checksums; compressed records can hold gigabytes
                 odd = any(x.compress_type or x.external_attr & 16 for x in archive.infolist())  # 16: a folder
@@ -971,7 +971,7 @@ def pick_device(config: Config) -> tuple:
     name = config.device.replace("auto", best)
     if name not in (best, "cpu"):
         raise UserError(f"--device {name}: torch finds none here; give --device auto")
-    with explain("WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe no processes"):
+    with explain("WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT describe no processes", (ValueError, dist.DistError)):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and world_size() == 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     fast = False
