@@ -35,6 +35,14 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     if signal.getsignal(number) == signal.SIG_IGN:  # as a job in the background inherits them
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+
+def fork() -> None:
+    pytest.skip("beside CUDA, a forked process has no autograd: run CUDA_VISIBLE_DEVICES= pytest, too")
+
+
+if torch.cuda.is_available():
+    os.fork = fork
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
 
