@@ -716,11 +716,11 @@ MEMORY = 2**30  # bytes: a split whose images have one size and take no more is 
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, or for gray of more than 8 bits."""
+    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, or if bits or pixels are too many."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode[0] in "IF":  # Pillow's I, I;16 and F
-                raise ValueError("more than 8 bits per channel")
+            if image.mode[0] in "IF" or math.prod(image.size) > 9e7:  # modes I, I;16, F; a bomb, of which Pillow warns
+                raise ValueError("more than 8 bits per channel or 90 million pixels")
             return tvf.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged bytes can cause any
         cause = str(error).replace(repr(path), "").split("\n")[0].strip(": ")
