@@ -380,9 +380,9 @@ def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
         pixel = torch.arange(x.shape[2 + side], device=x.device) + 0.5
         pitch = length / size
         center = start + pitch * (torch.arange(size, device=x.device)[:, None] + 0.5)
-        weights = (1 - (pixel - center).abs() / pitch.clamp(min=1)).clamp(min=0)
-        weights = weights * ((pixel > start) & (pixel < start + length))
-        matrices.append(weights / weights.sum(2, keepdim=True))
+        weights = (pixel - center).abs_().div_(-pitch.clamp(min=1)).add_(1).clamp_(min=0)
+        weights.mul_((pixel > start) & (pixel < start + length))
+        matrices.append(weights.div_(weights.sum(2, keepdim=True)))
     return separable(x, *matrices)
 
 
@@ -476,7 +476,7 @@ class Augment:
 
     def normalize(self, x: Tensor) -> Tensor:
         """Subtract the recipe's mean and divide by its std."""
-        return (x - copy_to(self.mean, x.device)) / copy_to(self.std, x.device)
+        return (x - copy_to(self.mean, x.device)).div_(copy_to(self.std, x.device))
 
     def evaluation_view(self, images: Tensor, *_: Any) -> Tensor:
         """Resize the shorter side of images uint8 (…,3,H,W) to margin·S and crop the center: (…,3,S,S)."""
