@@ -243,7 +243,7 @@ class MemoryBank(Module):
 
 class SimCLR(EndToEnd):
     """Contrast both views with all other views of the batch: NT-Xent, 2002.05709, eq. 1. The paper's BatchNorm spans
-    all devices: give the encoder bn_splits=1, on one process; else a query and its key share few images' statistics."""
+    all devices: give the encoder bn_splits=1, on one process; else the statistics of small groups reveal the match."""
 
     def forward(self, im_q: Tensor, im_k: Tensor, *_: Any) -> Tensor:
         """Return the loss of two views (N,3,S,S): mean over 2N queries, 2·P·N−2 negatives each."""
@@ -310,7 +310,7 @@ class ResNetEncoder(Module):
     ) -> None:
         super().__init__()
         block, depths = ARCHS[arch]
-        kernel, stem_stride = (3, 1) if stem == "cifar" else (7, 2)
+        kernel, stem_stride = {"cifar": (3, 1), "imagenet": (7, 2)}[stem]
         norm = partial(SplitBatchNorm, num_splits=bn_splits)
         channels = int(64 * width)  # into the next block
         self.conv1 = nn.Conv2d(3, channels, kernel, stem_stride, padding=kernel // 2, bias=False)
@@ -373,14 +373,14 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut each image of x (N,3,H,W) to its box (N,4) and resize it to (N,3,size,size): bilinear with antialiasing, by
-    triangular weights, as wide to each side as an input or output pixel, the larger."""
+    triangular weights, whose half-width is that of an input or output pixel, the larger."""
     matrices = []  # (N,size,H) and (N,size,W)
     for side in (0, 1):
         start, length = boxes[:, side::2, None, None].unbind(1)  # (N,1,1) each: top and h, or left and w
         pixel = torch.arange(x.shape[2 + side], device=x.device) + 0.5
         pitch = length / size
         center = start + pitch * (torch.arange(size, device=x.device)[:, None] + 0.5)
-        weights = (pixel - center).abs_().div_(-pitch.clamp(min=1)).add_(1).clamp_(min=0)
+        weights = (pixel - center).abs_().div_(-pitch.clamp(min=1)).add_(1).clamp_(min=0)  # max(0, 1 − distance/pitch)
         weights.mul_((pixel > start) & (pixel < start + length))
         matrices.append(weights.div_(weights.sum(2, keepdim=True)))
     return separable(x, *matrices)
@@ -451,7 +451,7 @@ RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluatio
 
 
 class Augment:
-    """Turn images into random views by a recipe, with draws per image, by a CPU generator: equal on every device."""
+    """Turn images into random views by a recipe, with draws per image (but see color_jitter) by a CPU generator."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
         self.scale, self.margin, colors, self.transforms = RECIPES[recipe]
@@ -575,7 +575,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def explain(what: str, kinds: Any = Exception) -> Iterator:
-    """Make errors of these kinds, in a block, a UserError of one line: what is wrong, and the cause."""
+    """Turn errors of these kinds in a block into a UserError of one line: what is wrong, and the cause."""
     try:
         yield
     except kinds as error:
@@ -696,12 +696,12 @@ class Files:
 
         def read(epoch: int, indices: Tensor) -> tuple:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
-            return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or of pairs (2,N,3,S,S)
+            return torch.stack(crops, dim=-4), indices  # (N,3,S,S), or from pairs (2,3,S,S): (2,N,3,S,S)
 
         # One torch thread per worker; by default, torch would start a team of threads in each worker.
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             submitted = (pool.submit(read, *batch) for batch in plan)
-            ahead = list(itertools.islice(submitted, 1 + self.workers))  # one per worker, and the one to wait for
+            ahead = list(itertools.islice(submitted, 1 + self.workers))  # batches: one per worker, one to wait for
             while ahead:
                 images, indices = ahead.pop(0).result()
                 ahead += itertools.islice(submitted, 1)
@@ -716,7 +716,7 @@ MEMORY = 2**30  # bytes: a split whose images have one size and take no more is 
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, or if bits or pixels are too many."""
+    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, for deep gray and for bombs."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or math.prod(image.size) > 9e7:  # modes I, I;16, F; a bomb, of which Pillow warns
@@ -772,7 +772,7 @@ def cifar(config: Config, train: bool) -> tuple:
 
 
 def find_images(root: str) -> list[str]:
-    """Return the sorted paths, from root, of all images below it but hidden ones. Follows links. Raises OSError."""
+    """Return the sorted paths, from root, of all images below it that are not hidden. Follows links. Raises OSError."""
     found = []
     top = os.path.join(root, "")
     folders = [top]
@@ -804,7 +804,7 @@ def pick_folder(names: set[str], kind: str) -> str:
 
 def find_splits(root: str) -> tuple:
     """Return paths, from root, of the images to train and to test on, {path: label} and a description. A label is the
-    number of train/CLASS; where no test image lies in one, there is neither label nor test split. Raises UserError."""
+    number of train/CLASS; if no test image has one, there are no labels and no test split. Raises UserError."""
     found = find_images(root) if os.path.isdir(root) else []
     if not found:
         raise UserError(f"--data {root}: not cifar10, cifar100, shapes or a folder with images ({' '.join(SUFFIXES)})")
@@ -851,18 +851,18 @@ def shapes(train: bool) -> tuple:
 
 @torch.no_grad()
 def extract_features(
-    encoder: Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = bool
+    encoder: Module, images: InMemory | Files, config: Config, autocast: Callable, stop: Callable = lambda: None
 ) -> Tensor:
     """Return pooled features float32 (M,D), with --head embeddings, in eval mode. Raises InterruptedError if stop()."""
     augment = Augment(config.aug, config.size)
-    total = world_size() * math.ceil(len(images) / world_size())  # every rank has as many: the last image fills up
+    total = world_size() * math.ceil(len(images) / world_size())  # as many for every rank: the last image repeats
     indices = local_rows(torch.arange(total).clamp(max=len(images) - 1))
     plan = ((0, batch) for batch in indices.split(512))  # epoch 0: evaluation_view ignores it
     embed_batch = encoder if config.head else encoder.features
     encoder.eval()
     features = []
     for batch, _ in images.batches(plan, augment.evaluation_view):
-        if stop():  # the default, bool(), is False
+        if stop():
             raise InterruptedError
         with autocast():
             features.append(embed_batch(augment.normalize(batch / 255)).float())
@@ -870,7 +870,7 @@ def extract_features(
 
 
 def accuracy(
-    encoder: Module, data: Data, config: Config, autocast: Callable, linear: bool = False, stop: Callable = bool
+    encoder: Module, data: Data, config: Config, autocast: Callable, linear: bool = False, stop: Callable = lambda: None
 ) -> float:
     """Return the percentage of test images that kNN (or a linear classifier) gets right."""
     bank = extract_features(encoder, data.train, config, autocast, stop)
@@ -891,7 +891,7 @@ def accuracy(
 def check_new(path: str) -> None:
     """Raise UserError unless a path is that of a new file, in a folder that exists."""
     if os.path.exists(path) or not Path(path).parent.is_dir():
-        raise UserError(f"{path}: must be a new file, in a folder that exists; to continue a run, give --resume")
+        raise UserError(f"{path}: must be a new file, in a folder that exists; train --resume continues a run")
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -943,12 +943,12 @@ def load_checkpoint(path: str) -> dict:
         if config.get("eval_size"):  # of versions before 0.3
             config["size"] = config["eval_size"]
         checkpoint["config"] = {x: config[x] for x in config if x in HINTS and x not in RUNTIME}
-        Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises for values that Config or RECIPES lacks
+        Augment(Config.from_preset(**checkpoint["config"]).aug)  # raises for a preset or recipe that is not here
     return checkpoint
 
 
 def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
-    """Rebuild a checkpoint's query encoder, in eval mode, as its weights have it. Raises UserError if none fits."""
+    """Rebuild a checkpoint's query encoder from its weights' shapes, in eval mode. Raises UserError if none fits."""
     with explain(f"{path}: encoder_q is not one of {', '.join(ARCHS)}"):
         named = checkpoint["state_dict"].items()
         weights = {name.partition("encoder_q.")[2]: x for name, x in named if "encoder_q." in name}
@@ -998,7 +998,7 @@ def build_model(config: Config, num_images: int) -> Module:
         return MoCo(encoder, dim, K, config.moco_m, T, config.symmetric)
     if config.method == "memory-bank":
         return MemoryBank(encoder, num_images, dim, K, T=T)
-    return SimCLR(encoder, T) if config.method == "simclr" else EndToEnd(encoder, T)
+    return {"simclr": SimCLR, "end-to-end": EndToEnd}[config.method](encoder, T)
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -1025,7 +1025,7 @@ def training_crops(images: InMemory | Files, config: Config) -> tuple:
 
 
 class Run:
-    """Train as a Config says, from the start or, with `resume`, from `out`. That holds all that training changes: the
+    """Train as a Config says, from the start or, with `resume`, from `out`, which holds all that training changes: the
     run ends as if never stopped. Raises UserError, before anything is written, if options, files or data do not fit."""
 
     def __init__(self, config: Config) -> None:
@@ -1081,7 +1081,7 @@ class Run:
             self.step = checkpoint["step"]
             self.began -= checkpoint["seconds"]
 
-    def train(self, stop: Callable = bool) -> Iterator:
+    def train(self, stop: Callable = lambda: None) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
         Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
         if len(self.rows) >= self.config.epochs:
@@ -1091,7 +1091,7 @@ class Run:
         batches = self.data.train.batches(plan, self.crop)
         with contextlib.suppress(InterruptedError):  # raised by end_epoch, during kNN
             while len(self.rows) < self.config.epochs and not self.agree(stop()):
-                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else a run stopped during kNN goes on
+                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else kNN was stopped after its last step
                     self.take_step(*next(batches))
                 row = self.end_epoch(stop)
                 if row or self.agree(time.monotonic() >= self.next_save):
@@ -1182,7 +1182,7 @@ def command(function: Callable, names: str, defaults: Any = None) -> Callable:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator:
-    """Yield a list of the signals received, for the caller to act on. A second one meets the earlier handlers; with
+    """Yield a list of the signals received, for the caller to act on. A second one gets the earlier handlers; with
     several processes it is only collected, since torchrun repeats the first. Only the main thread may have handlers."""
     names = "SIGINT SIGTERM SIGHUP SIGUSR1".split()  # clusters send SIGUSR1 before their time limit
     received = []

@@ -1999,7 +1999,7 @@ class TestNeverLosingARun:
         options = dict(out=str(tmp_path / out))
         for name in (out, rows):
             (tmp_path / name).write_text("of another run")
-            with pytest.raises(UserError, match=f"{name}: must be a new file, .* to continue a run, give --resume$"):
+            with pytest.raises(UserError, match=f"{name}: must be a new file, .* train --resume continues a run$"):
                 moco.Run(tiny_config(**options))
             assert [path.read_text() for path in tmp_path.iterdir()] == ["of another run"]
             (tmp_path / name).unlink()
