@@ -1172,10 +1172,10 @@ def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     def call(context: typer.Context, **values: Any) -> None:
         function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-    context, _ = inspect.signature(call).parameters.values()
+    context, _ = inspect.signature(call).parameters.values()  # Typer reads options off a signature: one is made
     *arguments, _ = inspect.signature(function).parameters.values()  # without **options
     options = [context.replace(name=x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-    call.__signature__ = inspect.Signature([context, *arguments, *options])  # which Typer reads
+    call.__signature__ = inspect.Signature([context, *arguments, *options])
     app.command(function.__name__, help=function.__doc__)(call)
     return function
 
