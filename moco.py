@@ -79,8 +79,7 @@ def local_rows(x: Tensor) -> Tensor:
 
 def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
     """Return x on a device, without waiting for CUDA."""
-    # On MPS, such a copy may read its source after that was freed: pytorch issue 189690.
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")  # on MPS unsafe: pytorch issue 189690
 
 
 def uniform(generator: Generator, n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
@@ -608,7 +607,7 @@ class Config:
     mlp: bool = option(True, "2-layer head (v2), else a linear one (v1)")
     bn_splits: int = option(8, "groups that BatchNorm normalizes separately (simulated GPUs); 1 for simclr", 1)
     aug: Literal[tuple(RECIPES)] = option("cifar", "recipe of the views")
-    size: int = option(32, "side of a view in pixels", 1)
+    size: int = option(32, "side of a view in pixels", 1, 2**14)
     batch_size: int = option(512, "images per step, of all processes", 2)
     data: str = option("cifar10", "cifar10, cifar100, shapes (built in) or a folder of images")
     epochs: int = option(100, "passes over the images", 1)
@@ -1035,7 +1034,7 @@ class Run:
             raise UserError(f"--bn-splits {config.bn_splits}: must be a multiple of the {world_size()} processes")
         self.csv_path = config.out.removesuffix(".pt") + ".csv"
         resumes = config.resume and os.path.exists(config.out)
-        if not resumes and rank() == 0:
+        if not resumes:
             check_new(config.out)
             check_new(self.csv_path)
         self.data = load_data(config, self.device)
@@ -1086,7 +1085,7 @@ class Run:
         Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
         if len(self.rows) >= self.config.epochs:
             return  # a complete run is left as it is
-        self.save()  # a full disk fails now, not after an epoch
+        self.next_save = 0  # after the first step: a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = self.data.train.batches(plan, self.crop)
         with contextlib.suppress(InterruptedError):  # raised by end_epoch, during kNN
@@ -1236,6 +1235,7 @@ def train(**options: Any) -> list:
     if len(run.rows) < config.epochs:
         say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
         sys.exit(128 + (received[0] if received else signal.SIGTERM))  # else another rank received it
+    say(f"{config.out}: {len(run.rows)} of {config.epochs} epochs done", config.json)
     return run.rows
 
 
@@ -1264,13 +1264,13 @@ def evaluate(classifier: str, names: str, path: str, options: dict) -> dict:
 
 @partial(command, names=KNN_OPTIONS)
 def knn(checkpoint: str, **options: Any) -> dict:
-    """Measure the accuracy of weighted kNN on a checkpoint's features. Defaults are the checkpoint's."""
+    """Measure the kNN accuracy of a checkpoint. Defaults are its options, but for --root, --workers and --device."""
     return evaluate("knn", KNN_OPTIONS, checkpoint, options)
 
 
 @partial(command, names=LINEAR_OPTIONS)
 def linear(checkpoint: str, **options: Any) -> dict:
-    """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are the checkpoint's."""
+    """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are those of knn."""
     return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 

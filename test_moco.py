@@ -1930,9 +1930,9 @@ class TestNeverLosingARun:
         assert same(lasting(tmp_path), never_stopped if streamed else lasting(tmp_path, "never.pt"))
 
     @pytest.mark.parametrize("number, save, moment, step", [
-        (signal.SIGKILL, 0, "replace c.pt", None), (signal.SIGKILL, 0, "open c.csv", 0),
-        (signal.SIGKILL, 4, "replace c.pt", 3), (signal.SIGKILL, 5, "open c.csv", 5),
-        (signal.SIGINT, 6, "open c.pt", 5), (signal.SIGTERM, 7, "replace c.pt", 6),
+        (signal.SIGKILL, 0, "replace c.pt", None), (signal.SIGKILL, 0, "open c.csv", 1),
+        (signal.SIGKILL, 3, "replace c.pt", 3), (signal.SIGKILL, 4, "open c.csv", 5),
+        (signal.SIGINT, 5, "open c.pt", 5), (signal.SIGTERM, 6, "replace c.pt", 6),
     ])  # fmt: skip
     def test_a_run_killed_or_signaled_at_any_moment_of_a_save_ends_once_resumed_as_one_never_stopped(
         self, image_folder, never_stopped, tmp_path, number, save, moment, step
@@ -1943,7 +1943,7 @@ class TestNeverLosingARun:
         assert status == (-number if killed else 128 + number)
         assert (tmp_path / "err").read_text() == ""
         assert saved(tmp_path)["step"] == step
-        if step:
+        if save:
             assert len((tmp_path / "c.csv").read_text().splitlines()) == (1 if killed else 2)
         finish(config, resume=True)
         assert same(lasting(tmp_path), never_stopped)
@@ -2012,7 +2012,7 @@ class TestNeverLosingARun:
         for _ in run.train():
             saves.append(saved(tmp_path)["step"])
             run.next_save -= {1: 290, 2: 11}.get(run.step, 0)  # so many seconds go by
-        assert saves == [0, 0, 3, 3, 5, 5, 5, 5, 5, 10]
+        assert saves == [1, 1, 3, 3, 5, 5, 5, 5, 5, 10]
 
     @pytest.mark.parametrize("save_seconds, kept, step", [(0, 6, 7), (300, 5, 10)])
     @pytest.mark.parametrize("name", ["losses", "running_var", "momentum_buffer"])
@@ -2188,15 +2188,15 @@ class TestSeveralProcesses:
         assert all("not the same for all processes" in line for line in refusals(*configs))
         assert os.listdir(tmp_path) == ["images"]
 
-    def test_processes_at_other_steps_are_refused_but_no_file_of_a_rank_that_does_not_write(self, few, tmp_path):
-        (tmp_path / "rank1.csv").write_text("of another run")
-        configs = [tiny_config(out=str(tmp_path / name)) for name in ("rank0.pt", "rank1.pt")]
-        assert refusals(*configs) == [None, None]
-        configs = [tiny_config(out=config.out, resume=True) for config in configs]
-        assert refusals(*configs) == [None, None]  # each begins, or is at step 0
-        torch.save({**saved(tmp_path, "rank0.pt"), "step": 1}, tmp_path / "rank0.pt")
+    def test_processes_at_other_steps_are_refused(self, few, tmp_path):
+        configs = [tiny_config(out=str(tmp_path / name), resume=True) for name in ("rank0.pt", "rank1.pt")]
+        assert refusals(*configs) == [None, None]  # both begin, and rank 0 saves
         assert all("not the same for all processes" in line for line in refusals(*configs))
-        assert (tmp_path / "rank1.csv").read_text() == "of another run"
+
+    def test_a_file_that_exists_is_refused_by_every_process(self, tmp_path):
+        config = tiny_config(out=str(tmp_path / "c.pt"))
+        (tmp_path / "c.csv").write_text("of another run")
+        assert all("c.csv: must be a new file" in line for line in refusals(config, config))
 
     def test_a_download_that_fails_ends_all_processes(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///no/such/file")
@@ -2298,8 +2298,9 @@ class TestCommandLine:
 
     def test_train_says_what_it_found_and_knn_measures_the_same(self, folder, run):
         _, out, _ = run("train", *QUICK, f"--data={folder}", "--epochs=1", "--moco-k=8", "--out=c c.pt")
-        first, epoch = out.splitlines()
+        first, epoch, last = out.splitlines()
         assert first == f"{folder}: 20 images to train on in train/, 8 to test on in val/; cpu, fp32"
+        assert last == "c c.pt: 1 of 1 epochs done"
         numbers = r"epoch 1  loss ([\d.]+)  lr 0\.06  (knn .+)  images_per_s [\d.]+  seconds [\d.]+  minutes_left 0"
         loss, top1 = re.fullmatch(numbers, epoch).groups()
         close(float(loss), moco.load_checkpoint("c c.pt")["rows"][0]["loss"], rtol=1e-4)
@@ -2423,7 +2424,7 @@ class TestCommandLine:
 
         port = str(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port)
         torch.multiprocessing.start_processes(work, nprocs=2, start_method="fork")
-        assert [len((tmp_path / name).read_text().splitlines()) for name in ("out0", "out1")] == [3, 0]
+        assert [len((tmp_path / name).read_text().splitlines()) for name in ("out0", "out1")] == [4, 0]
         assert sorted(os.listdir(tmp_path)) == ["ckpt.csv", "ckpt.pt", "out0", "out1"]
 
     def test_a_run_whose_reader_leaves_costs_at_most_a_line(self, image_folder, tmp_path):
