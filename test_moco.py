@@ -2006,7 +2006,10 @@ class TestNeverLosingARun:
         next(moco.Run(tiny_config(**options)).train())
         assert (tmp_path / rows).read_text() == "epoch,loss,lr,knn,images_per_s,seconds\n"
 
-    def test_a_run_saves_every_epoch_and_within_it_every_so_many_seconds(self, few, tmp_path):
+    def test_a_run_saves_after_a_step_then_every_epoch_and_within_it_every_so_many_seconds(self, few, tmp_path):
+        with pytest.raises(UserError, match="not finite after step 1;"):
+            list(training(tmp_path, lr=1e40))
+        assert os.listdir(tmp_path) == []
         saves = []
         run = moco.Run(tiny_config(out=str(tmp_path / "c.pt")))
         for _ in run.train():
@@ -2193,19 +2196,15 @@ class TestSeveralProcesses:
         assert refusals(*configs) == [None, None]  # both begin, and rank 0 saves
         assert all("not the same for all processes" in line for line in refusals(*configs))
 
-    def test_a_file_that_exists_is_refused_by_every_process(self, tmp_path):
-        config = tiny_config(out=str(tmp_path / "c.pt"))
-        (tmp_path / "c.csv").write_text("of another run")
-        assert all("c.csv: must be a new file" in line for line in refusals(config, config))
-
-    def test_a_download_that_fails_ends_all_processes(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("size, options, words", [
+        (2, dict(data="cifar10"), "no download"), (2, dict(out=MOCO), "moco.py: must be a new file"),
+        (3, {}, "--bn-splits 2: must be a multiple of the 3 processes"),
+    ])  # fmt: skip
+    def test_every_process_says_what_is_wrong(self, few, tmp_path, monkeypatch, size, options, words):
+        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "file:///no/such/file")
-        config = tiny_config(data="cifar10", root=str(tmp_path))
-        assert all("no download" in line for line in refusals(config, config))
-
-    def test_the_groups_of_batchnorm_are_split_evenly_among_processes(self, few, tmp_path):
-        config = tiny_config(out=str(tmp_path / "c.pt"))
-        assert set(refusals(config, config, config)) == {"--bn-splits 2: must be a multiple of the 3 processes"}
+        config = tiny_config(**{"root": ".", "out": "c.pt", **options})
+        assert all(words in line for line in refusals(*[config] * size))
 
 
 README = (Path(__file__).parent / "README.md").read_text()
@@ -2367,7 +2366,7 @@ class TestCommandLine:
     train --out device; train --resume --out ckpt.pt; train --resume --out c.pt --moco-k 64; views empty;
     train --resume --out c.pt --data flat; linear ckpt.pt; linear c.pt --knn-k 3; knn no.pt; knn c.pt --data flat;
     knn; export c.pt ckpt.pt; views ckpt.pt; knn c.pt --knn-k 0; train --epochs 0;
-    neighbors c.pt ckpt.pt; neighbors c.pt c.pt/x"""
+    neighbors c.pt ckpt.pt; neighbors c.pt c.pt/x; knn c.pt --size 99999"""
 
     @pytest.mark.parametrize("arguments", re.split(r";\s+", MISTAKES))
     def test_a_mistake_costs_a_line_on_stderr_and_status_2_and_writes_nothing(
