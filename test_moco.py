@@ -145,7 +145,8 @@ def on_ranks(size, function):
             torch.set_num_threads(1)
             for name in ("all_gather", "all_reduce"):
                 setattr(torch.distributed, name, contiguous_only(getattr(torch.distributed, name)))
-            torch.distributed.init_process_group("gloo", f"file://{place}/group", rank=rank, world_size=size)
+            options = dict(rank=rank, world_size=size, timeout=torch.distributed.constants.default_pg_timeout / 15)
+            torch.distributed.init_process_group("gloo", f"file://{place}/group", **options)
             torch.save(function(), f"{place}/{rank}")
             torch.distributed.barrier()  # a rank that leaves early may end the others
             torch.distributed.destroy_process_group()
@@ -2360,13 +2361,12 @@ class TestCommandLine:
         assert run("train", *QUICK, f"--data={folder}", "--out=d.pt")[0] == 128 + signal.SIGTERM
         assert signal.signal(number, before) == signal.default_int_handler
 
-    MISTAKES = """trian; train --colour; train --moco-m 2; train --lr nan; train --schedule 120 160; train --size 8;
-    train --batch-size 12 --bn-splits 8; train --batch-size 64; train --data nowhere;
-    train --data bad; train --root . --data cifar10; train --device cuda; train --out old.pt; train --out no/c.pt;
-    train --out device; train --resume --out ckpt.pt; train --resume --out c.pt --moco-k 64; views empty;
-    train --resume --out c.pt --data flat; linear ckpt.pt; linear c.pt --knn-k 3; knn no.pt; knn c.pt --data flat;
-    knn; export c.pt ckpt.pt; views ckpt.pt; knn c.pt --knn-k 0; train --epochs 0;
-    neighbors c.pt ckpt.pt; neighbors c.pt c.pt/x; knn c.pt --size 99999"""
+    MISTAKES = """train --resume --out c.pt --moco-k 64; train --resume --out c.pt --data flat; neighbors c.pt ckpt.pt;
+    train --moco-m 2; train --batch-size 12 --bn-splits 8; train --root . --data cifar10; train --resume --out ckpt.pt;
+    train --schedule 120 160; train --batch-size 64; train --data nowhere; linear c.pt --knn-k 3; neighbors c.pt c.pt/x;
+    trian; train --device cuda; train --out no/c.pt; knn c.pt --data flat; export c.pt ckpt.pt; knn c.pt --size 99999;
+    train --colour; train --data bad; train --out old.pt; train --out device; knn; knn c.pt --knn-k 0; train --epochs 0;
+    train --lr nan; train --size 8; views empty; linear ckpt.pt; knn no.pt; views ckpt.pt"""
 
     @pytest.mark.parametrize("arguments", re.split(r";\s+", MISTAKES))
     def test_a_mistake_costs_a_line_on_stderr_and_status_2_and_writes_nothing(
