@@ -715,7 +715,7 @@ MEMORY = 2**30  # bytes: a split whose images have one size and take no more is 
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if that fails, for deep gray and for bombs."""
+    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if it is damaged, too deep or too large."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or math.prod(image.size) > 9e7:  # modes I, I;16, F; a bomb, of which Pillow warns
