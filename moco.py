@@ -79,7 +79,7 @@ def local_rows(x: Tensor) -> Tensor:
 
 def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
     """Return x on a device, without waiting for CUDA."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")  # on MPS unsafe: pytorch issue 189690
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")  # unsafe on MPS: pytorch issue 189690
 
 
 def uniform(generator: Generator, n: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
@@ -372,7 +372,7 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut each image of x (N,3,H,W) to its box (N,4) and resize it to (N,3,size,size): bilinear with antialiasing, by
-    triangular weights, whose half-width is that of an input or output pixel, the larger."""
+    triangular weights; their half-width is an input or an output pixel, whichever is larger."""
     matrices = []  # (N,size,H) and (N,size,W)
     for side in (0, 1):
         start, length = boxes[:, side::2, None, None].unbind(1)  # (N,1,1) each: top and h, or left and w
@@ -450,7 +450,7 @@ RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluatio
 
 
 class Augment:
-    """Turn images into random views by a recipe, with draws per image (but see color_jitter) by a CPU generator."""
+    """Turn images into random views by a recipe. A CPU generator draws all, so every device gets the same."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
         self.scale, self.margin, colors, self.transforms = RECIPES[recipe]
@@ -715,7 +715,7 @@ MEMORY = 2**30  # bytes: a split whose images have one size and take no more is 
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if it is damaged, too deep or too large."""
+    """Decode an image file to RGB uint8 (3,H,W). Raises UserError if it is damaged, huge or gray of over 8 bits."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or math.prod(image.size) > 9e7:  # modes I, I;16, F; a bomb, of which Pillow warns
@@ -1171,7 +1171,7 @@ def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     def call(context: typer.Context, **values: Any) -> None:
         function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-    context, _ = inspect.signature(call).parameters.values()  # Typer reads options off a signature: one is made
+    context, _ = inspect.signature(call).parameters.values()  # Typer takes options from a signature, made here
     *arguments, _ = inspect.signature(function).parameters.values()  # without **options
     options = [context.replace(name=x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
     call.__signature__ = inspect.Signature([context, *arguments, *options])
@@ -1235,7 +1235,7 @@ def train(**options: Any) -> list:
     if len(run.rows) < config.epochs:
         say(f"{config.out}: stopped after step {run.step}; to go on, give the same command with --resume", config.json)
         sys.exit(128 + (received[0] if received else signal.SIGTERM))  # else another rank received it
-    say(f"{config.out}: {len(run.rows)} of {config.epochs} epochs done", config.json)
+    say(f"{config.out}: {len(run.rows)} epochs done", config.json)
     return run.rows
 
 
@@ -1264,13 +1264,13 @@ def evaluate(classifier: str, names: str, path: str, options: dict) -> dict:
 
 @partial(command, names=KNN_OPTIONS)
 def knn(checkpoint: str, **options: Any) -> dict:
-    """Measure the kNN accuracy of a checkpoint. Defaults are its options, but for --root, --workers and --device."""
+    """Measure kNN accuracy. Defaults are the checkpoint's options, but for --root, --workers and --device."""
     return evaluate("knn", KNN_OPTIONS, checkpoint, options)
 
 
 @partial(command, names=LINEAR_OPTIONS)
 def linear(checkpoint: str, **options: Any) -> dict:
-    """Measure the accuracy of a linear classifier on a checkpoint's features. Defaults are those of knn."""
+    """Measure a linear classifier. Defaults are the checkpoint's options, but for --root, --workers and --device."""
     return evaluate("linear", LINEAR_OPTIONS, checkpoint, options)
 
 
