@@ -123,8 +123,7 @@ def info_nce(q: Tensor, k: Tensor, negatives: Tensor, T: float, ignore: Tensor |
         logits = q @ negatives.to(dtype)  # (N,K)
         if ignore is not None:
             logits = logits.masked_fill(ignore, -math.inf)
-        # F.cross_entropy would need one tensor (N,K+1), a copy of all logits.
-        total = torch.logaddexp(positive, logits.logsumexp(1))
+        total = torch.logaddexp(positive, logits.logsumexp(1))  # F.cross_entropy would need a copy (N,K+1)
         return (total - positive).mean()
 
 
@@ -272,8 +271,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"a batch of {len(x)} cannot be split into {splits} groups")
         means = self.running_mean.repeat(splits, 1)  # a copy per group: F.batch_norm updates it in place
         variances = self.running_var.repeat(splits, 1)
-        # Expanded once, so that autograd sums the groups' gradients once.
-        weights = self.weight.expand(splits, -1) if self.affine else [None] * splits
+        weights = self.weight.expand(splits, -1) if self.affine else [None] * splits  # autograd sums gradients once
         biases = self.bias.expand(splits, -1) if self.affine else [None] * splits
         normalized = [
             F.batch_norm(group, mean, variance, weight, bias, True, self.momentum, self.eps)
@@ -379,7 +377,7 @@ def crop(x: Tensor, boxes: Tensor, size: int) -> Tensor:
         pixel = torch.arange(x.shape[2 + side], device=x.device) + 0.5
         pitch = length / size
         center = start + pitch * (torch.arange(size, device=x.device)[:, None] + 0.5)
-        weights = (pixel - center).abs_().div_(-pitch.clamp(min=1)).add_(1).clamp_(min=0)  # max(0, 1 − distance/pitch)
+        weights = (pixel - center).abs_().div_(-pitch.clamp(min=1)).add_(1).clamp_(min=0)  # 1 − distance/half-width
         weights.mul_((pixel > start) & (pixel < start + length))
         matrices.append(weights.div_(weights.sum(2, keepdim=True)))
     return separable(x, *matrices)
@@ -408,14 +406,14 @@ def shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 def color_jitter(x: Tensor, generator: Generator, strengths: tuple[float, ...] = (0.4, 0.4, 0.4, 0.1)) -> Tensor:
     """Scale brightness, contrast and saturation by factors uniform in 1 ± strength, shift the hue by up to ± strength
     turns, drawn per image. The order of the four is drawn per batch; in torchvision, per image."""
+    operations = "brightness", "contrast", "saturation", "hue"
     for i in torch.randperm(4, generator=generator).tolist():
         change = strengths[i] * (2 * uniform(generator, len(x), 1, 1, 1, device=x.device) - 1)
-        if i == 3:
+        if operations[i] == "hue":
             x = shift_hue(x, change)
             continue
-        # What a factor of 0 gives: black (brightness), the mean luma (contrast), the luma (saturation).
-        reference = tvf.rgb_to_grayscale(x) if i > 0 else 0
-        if i == 1:
+        reference = 0 if operations[i] == "brightness" else tvf.rgb_to_grayscale(x)  # what a factor of 0 gives
+        if operations[i] == "contrast":
             reference = reference.mean((1, 2, 3), keepdim=True)
         x = (x - reference).mul_(1 + change).add_(reference).clamp_(0, 1)  # torch.lerp is slow from (N,1,1,1)
     return x
@@ -428,9 +426,9 @@ def gaussian_blur(x: Tensor, generator: Generator, low: float = 0.1, high: float
     radius = x.shape[-1] // 20
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     weights = (-0.5 * (offsets / sigma) ** 2).softmax(1)  # (N,k)
-    identity = torch.eye(x.shape[-1], device=x.device)[None]
-    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(2, len(offsets), 1)  # (1,S,S,k)
-    matrix = torch.einsum("nk,psk->nsp", weights, shifted[0])
+    identity = torch.eye(x.shape[-1], device=x.device)
+    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(1, len(offsets), 1)  # (S,S,k)
+    matrix = torch.einsum("nk,psk->nsp", weights, shifted)
     return separable(x, matrix, matrix)
 
 
@@ -442,7 +440,7 @@ JITTER = (0.8, color_jitter)
 JITTER_V1 = (1, partial(color_jitter, strengths=(0.4, 0.4, 0.4, 0.4)))
 CIFAR_COLORS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, std
 IMAGENET_COLORS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluation, normalization, transforms
+RECIPES = {  # a crop's area, as a fraction of the image; evaluation's margin; mean and std; transforms
     "cifar": ((0.08, 1), 1, CIFAR_COLORS, [FLIP, JITTER, GRAY]),
     "v1": ((0.2, 1), 256 / 224, IMAGENET_COLORS, [GRAY, JITTER_V1, FLIP]),
     "v2": ((0.2, 1), 256 / 224, IMAGENET_COLORS, [JITTER, GRAY, BLUR, FLIP]),
@@ -450,7 +448,7 @@ RECIPES = {  # a crop's area as a fraction of the image, margin of the evaluatio
 
 
 class Augment:
-    """Turn images into random views by a recipe. A CPU generator draws all, so every device gets the same."""
+    """Turn images into random views by a recipe. All numbers are drawn on the CPU: every device gets the same."""
 
     def __init__(self, recipe: str = "cifar", size: int = 32) -> None:
         self.scale, self.margin, colors, self.transforms = RECIPES[recipe]
@@ -578,15 +576,15 @@ def explain(what: str, kinds: Any = Exception) -> Iterator:
     try:
         yield
     except kinds as error:
-        cause = error.__context__ or error  # the original, if torch wrapped it in a page of advice
+        cause = (error.__suppress_context__ and error.__context__) or error  # torch hides the original: "from None"
         message = str(cause).split("\n")[0].partition(" Please use")[0]  # torch's advice
         raise UserError(f"{what} ({type(cause).__name__}: {message})") from error
 
 
 def option(default: Any, text: str, low: float | None = None, high: float = 2**31) -> Any:
     """Declare an option of Config and its --help; Typer refuses numbers outside [low, high]."""
-    high = None if low is None else high  # else --help would show a limit for text
-    return field(default=default, metadata={"typer": typer.Option(help=text, min=low, max=high)})
+    limits = {} if low is None else {"min": low, "max": high}  # --help would show those of text, too
+    return field(default=default, metadata={"typer": typer.Option(help=text, **limits)})
 
 
 @dataclass
@@ -645,16 +643,16 @@ class Config:
 
 
 HINTS = {x.name: Annotated[x.type, x.metadata["typer"]] for x in fields(Config)}
-FREE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()  # --resume may change these
+MAY_CHANGE = "data epochs lr wd cos schedule precision knn_every knn_k knn_t head".split()  # on --resume
 RUNTIME = "out resume save_seconds root workers device compile json".split()  # no checkpoint decides these
 COLUMNS = "epoch loss lr knn images_per_s seconds".split()  # of the .csv
 IMAGENET = dict(arch="resnet50", stem="imagenet", size=224, data="data/imagenet", workers=16)
-IMAGENET |= dict(batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
+PAPERS = dict(IMAGENET, batch_size=256, lr=0.03, wd=1e-4, epochs=200, moco_k=65536, moco_m=0.999)
 SMALL = dict(arch="resnet10", width=0.25, bn_splits=2)
 PRESETS = {
     "cifar10": {},
-    "v1": dict(IMAGENET, aug="v1", mlp=False, moco_t=0.07, cos=False),
-    "v2": dict(IMAGENET, aug="v2", moco_t=0.2),
+    "v1": dict(PAPERS, aug="v1", mlp=False, moco_t=0.07, cos=False),
+    "v2": dict(PAPERS, aug="v2", moco_t=0.2),
     "tiny": dict(SMALL, data="shapes", aug="v1", batch_size=64, moco_k=256, epochs=6, knn_every=3, knn_k=20),
     "cpu": dict(SMALL, aug="v2", size=24, batch_size=128, epochs=130),
 }
@@ -691,7 +689,7 @@ class Files:
         return len(self.paths)
 
     def batches(self, plan: Iterable, crop: Callable) -> Iterator:
-        """Yield the same, stacked from crop(image (3,H,W), epoch, index), a call for each image. Raises UserError."""
+        """Yield the same, stacked from crop(image (3,H,W), epoch, index) of each image. Raises UserError."""
 
         def read(epoch: int, indices: Tensor) -> tuple:
             crops = [crop(read_image(self.paths[i]), epoch, i) for i in indices.tolist()]
@@ -740,8 +738,9 @@ def load_data(config: Config, device: torch.device) -> Data:
     """Load the data set that --data names. Raises UserError where there are no images."""
     if config.data in ("shapes", "cifar10", "cifar100"):
         load = shapes if config.data == "shapes" else partial(cifar, config)
-        train, test = (InMemory(images.to(device), labels.to(device)) for images, labels in map(load, (True, False)))
+        train, test = (InMemory(*(x.to(device) for x in load(training))) for training in (True, False))
         return Data(train, test, f"{len(train)} images to train on, {len(test)} to test on", config.data)
+    train, test, labels, description = find_splits(config.data)
 
     def open_split(split: list) -> InMemory | Files:
         paths = [os.path.join(config.data, path) for path in split]
@@ -753,7 +752,6 @@ def load_data(config: Config, device: torch.device) -> Data:
                 return Files(paths, targets, device, config.workers)
         return InMemory(torch.stack(images).to(device), targets)
 
-    train, test, labels, description = find_splits(config.data)
     fingerprint = rng(*train, *test).initial_seed()  # a hash
     return Data(open_split(train), open_split(test) if test else None, description, fingerprint)
 
@@ -777,7 +775,7 @@ def find_images(root: str) -> list[str]:
     folders = [top]
     visited = set(Path(root).resolve().parents)  # links can form loops: no folder is read twice, and none above root
     while folders:
-        folder = folders.pop()  # a link only if no other is left: a folder is found before the links to it
+        folder = folders.pop()  # links stand in front and come last: a folder is found by its own name
         place = Path(folder).resolve()
         if place in visited:
             continue
@@ -795,10 +793,10 @@ def find_images(root: str) -> list[str]:
 def pick_folder(names: set[str], kind: str) -> str:
     """Return the name `kind`, in any case, else the only one that begins so, else "". Raises UserError for several."""
     fitting = sorted(name for name in names if name.lower().startswith(kind))
-    exact = [name for name in fitting if name.lower() == kind + os.sep]
-    if len(exact or fitting) > 1:
-        raise UserError(f"--data: {' and '.join(exact or fitting)} fit equally well; rename all but one")
-    return "".join(exact or fitting)
+    fitting = [name for name in fitting if name.lower() == kind + os.sep] or fitting
+    if len(fitting) > 1:
+        raise UserError(f"--data: {' and '.join(fitting)} fit equally well; rename all but one")
+    return fitting[0] if fitting else ""
 
 
 def find_splits(root: str) -> tuple:
@@ -812,11 +810,11 @@ def find_splits(root: str) -> tuple:
     test_top = train_top and (pick_folder(tops, "val") or pick_folder(tops, "test"))
     train = [path for path in found if path.startswith(train_top)]
     test = [path for path in found if test_top and path.startswith(test_top)]
-    classes = sorted({path.split(os.sep)[1] for path in train if path.count(os.sep) > 1})
-    numbers = {name: i for i, name in enumerate(classes)}
-    labels = {path: numbers.get(path.split(os.sep)[1]) for path in train + test if test}
-    outside = [path for path in labels if labels[path] is None]
-    if set(test).issubset(outside):
+    classes = {path: path.split(os.sep)[1] for path in train + test if path.count(os.sep) > 1}  # "train/a/x.png": "a"
+    numbers = {name: i for i, name in enumerate(sorted({classes[path] for path in train if path in classes}))}
+    labels = {path: numbers[name] for path, name in classes.items() if name in numbers}
+    outside = [path for path in train + test if path not in labels]
+    if not any(path in labels for path in test):
         test, test_top, labels = [], "", {}
     elif outside:
         raise UserError(f"--data: {outside[0]} is in none of the class folders to train on")
@@ -888,7 +886,7 @@ def accuracy(
 
 # ────────────────────────────────────────── Checkpoints ───────────────────────────────────────────
 def check_new(path: str) -> None:
-    """Raise UserError unless a path is that of a new file, in a folder that exists."""
+    """Raise UserError if a file exists already, or if the folder to write it to does not."""
     if os.path.exists(path) or not Path(path).parent.is_dir():
         raise UserError(f"{path}: must be a new file, in a folder that exists; train --resume continues a run")
 
@@ -963,9 +961,16 @@ def load_encoder(checkpoint: dict, path: str) -> ResNetEncoder:
 
 
 # ──────────────────────────────────────────── Training ────────────────────────────────────────────
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory on a CPU: to get it again from the system costs 1/6 of a step."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def pick_device(config: Config) -> tuple:
     """Return the device, the precision (auto: bf16 if fast) and its autocast. Joins the processes that WORLD_SIZE and
-    torchrun's other variables describe. On a CPU, malloc keeps freed memory from now on. Raises UserError."""
+    torchrun's other variables describe. Raises UserError."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = config.device.replace("auto", best)
     if name not in (best, "cpu"):
@@ -979,10 +984,7 @@ def pick_device(config: Config) -> tuple:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif name == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
-        with contextlib.suppress(OSError, TypeError, AttributeError):  # not every system has mallopt
-            # The C library keeps freed memory: to get it again costs 1/6 of a step.
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        keep_freed_memory()
     precision = config.precision.replace("auto", "bf16" if fast else "fp32")
     return torch.device(name), precision, partial(torch.autocast, name, torch.bfloat16, enabled=precision == "bf16")
 
@@ -1016,7 +1018,7 @@ def batch_plan(n: int, config: Config) -> Iterator:
 
 
 def training_crops(images: InMemory | Files, config: Config) -> tuple:
-    """Return crop, for images.batches, and two_views, for what that yields: files are cropped as they are read."""
+    """Return `crop`, for images.batches, and what makes x_q, x_k of its batches: files are cropped as they are read."""
     two_views = SplitTwoViews(Augment(config.aug, config.size), config.seed)
     if isinstance(images, Files):
         return two_views.crop_file, two_views.from_crops
@@ -1063,10 +1065,10 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         """Return to where a checkpoint was saved. Raises UserError if it is of another run."""
-        for name, value in asdict(self.config).items():
-            old = checkpoint["config"].get(name, value)  # value: RUNTIME, or unknown to the version that saved
-            if name not in FREE and value != old:
-                raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {old}")
+        for name, saved in checkpoint["config"].items():  # without RUNTIME
+            value = getattr(self.config, name)
+            if name not in MAY_CHANGE and value != saved:
+                raise UserError(f"--{name.replace('_', '-')} {value}: --resume continues a run with {saved}")
         with explain(f"--resume: {self.config.out} does not fit this run"):
             if checkpoint["fingerprint"] != self.data.fingerprint:
                 raise ValueError(f"--data {self.config.data} has other images")
@@ -1083,20 +1085,20 @@ class Run:
     def train(self, stop: Callable = lambda: None) -> Iterator:
         """Train to the end, or until stop() is true. After every step, yield the row of the epoch it ended, or None.
         Save after each epoch, every save_seconds and when stopped. Raises UserError for a bad image, loss or disk."""
-        if len(self.rows) >= self.config.epochs:
-            return  # a complete run is left as it is
         self.next_save = 0  # after the first step: a full disk fails now, not after an epoch
         plan = itertools.islice(batch_plan(len(self.data.train), self.config), self.step, None)
         batches = self.data.train.batches(plan, self.crop)
-        with contextlib.suppress(InterruptedError):  # raised by end_epoch, during kNN
+        with contextlib.suppress(InterruptedError):  # raised by end_epoch during kNN, before which it has saved
             while len(self.rows) < self.config.epochs and not self.agree(stop()):
-                if self.step < (len(self.rows) + 1) * self.steps_per_epoch:  # else kNN was stopped after its last step
+                last_step = (len(self.rows) + 1) * self.steps_per_epoch  # of the epoch
+                if self.step < last_step:  # else kNN was stopped after it
                     self.take_step(*next(batches))
-                row = self.end_epoch(stop)
+                row = self.end_epoch(stop) if self.step == last_step else None
                 if row or self.agree(time.monotonic() >= self.next_save):
                     self.save()
                 yield row
-        self.save()
+            if len(self.rows) < self.config.epochs:  # stopped; a complete run is left as it is
+                self.save()
 
     def take_step(self, images: Tensor, indices: Tensor) -> None:
         """Train on a batch with the learning rate and the random numbers of the step."""
@@ -1106,12 +1108,10 @@ class Run:
         self.losses[self.step % self.steps_per_epoch] = all_gather(loss[None]).mean()
         self.step += 1
 
-    def end_epoch(self, stop: Callable) -> dict | None:
-        """Append and return the row of an epoch that has ended, with kNN if due. Raises InterruptedError."""
+    def end_epoch(self, stop: Callable) -> dict:
+        """Append and return the row of an epoch that has ended, with kNN if due. Raises InterruptedError if stop()."""
         config = self.config
         epoch = len(self.rows) + 1
-        if self.step < epoch * self.steps_per_epoch:
-            return None
         loss = self.losses.mean().item()  # waits for the device, before the speed is taken
         speed = self.steps_per_epoch * config.batch_size / (time.monotonic() - self.began)
         knn = None
@@ -1171,10 +1171,10 @@ def command(function: Callable, names: str, defaults: Any = None) -> Callable:
     def call(context: typer.Context, **values: Any) -> None:
         function(**{x: values[x] for x in values if context.get_parameter_source(x).name == "COMMANDLINE"})
 
-    context, _ = inspect.signature(call).parameters.values()  # Typer takes options from a signature, made here
+    parameter = partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)  # Typer reads signatures
     *arguments, _ = inspect.signature(function).parameters.values()  # without **options
-    options = [context.replace(name=x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
-    call.__signature__ = inspect.Signature([context, *arguments, *options])
+    options = [parameter(x, annotation=HINTS[x], default=getattr(defaults, x, None)) for x in names.split()]
+    call.__signature__ = inspect.Signature([parameter("context", annotation=typer.Context), *arguments, *options])
     app.command(function.__name__, help=function.__doc__)(call)
     return function
 
@@ -1200,10 +1200,10 @@ def catch_signals() -> Iterator:
         yield received
 
 
-def say(line: str, json_only: bool = False) -> None:
-    """Print a line, on rank 0 only. json_only: to stderr, since stdout is for JSON objects."""
+def say(line: str, to_stderr: bool = False) -> None:
+    """Print a line, on rank 0 only; to stderr under --json, which keeps stdout for JSON objects."""
     if rank() == 0:
-        print(line, file=sys.stderr if json_only else sys.stdout, flush=True)
+        print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 def describe(result: dict) -> str:
@@ -1244,7 +1244,7 @@ def load_for_evaluation(path: str, options: dict) -> tuple:
     checkpoint = load_checkpoint(path)
     config = Config.from_preset(**checkpoint["config"] | options)
     device, precision, autocast = pick_device(config)
-    config = replace(config, device=device.type, precision=precision)
+    config = replace(config, device=device.type, precision=precision)  # what "auto" is here, for the result
     encoder = load_encoder(checkpoint, path).to(device, memory_format=torch.channels_last)
     return encoder, load_data(config, device), config, autocast, checkpoint["epoch"]
 

@@ -1854,10 +1854,10 @@ class TestRun:
 
         monkeypatch.setattr(moco, "time", types.SimpleNamespace(monotonic=lambda: now))
         options = dict(out=str(tmp_path / "c.pt"), batch_size=6, knn_every=2, epochs=3)
-        for stop in (8, None):  # 6 of 40 images in each of 6 steps
+        for stop in (16, 1025, math.inf):  # in epoch 2, in its kNN; 6 of 40 images in each of 6 steps
             run = moco.Run(tiny_config(**options, resume=True))
             run.model.encoder_q.conv1.register_forward_hook(work)
-            list(run.train(lambda run=run, stop=stop: run.step == stop))
+            list(run.train(lambda stop=stop: moco.time.monotonic() >= stop))
             now += 1000
         assert [(row["images_per_s"], row["seconds"]) for row in run.rows] == [(3, 12), (3, 19), (3, 19)]
 
