@@ -18,6 +18,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 torch.set_num_threads(1)  # tensors are small: on busy cores, threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "80"}  # no colors in help, as on GitHub
 # Autograd counts the GPUs once. If a fake one were there, no forked process could compute gradients.
 torch.ones(1, requires_grad=True).backward()
 
@@ -43,8 +44,8 @@ def fork() -> None:
 if torch.cuda.is_available():
     os.fork = fork
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
+SKIP_WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, SKIP_WITHOUT_CUDA])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -426,9 +426,9 @@ def gaussian_blur(x: Tensor, generator: Generator, low: float = 0.1, high: float
     radius = x.shape[-1] // 20
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     weights = (-0.5 * (offsets / sigma) ** 2).softmax(1)  # (N,k)
-    identity = torch.eye(x.shape[-1], device=x.device)
-    shifted = F.pad(identity, (radius, radius), mode="reflect").unfold(1, len(offsets), 1)  # (S,S,k)
-    matrix = torch.einsum("nk,psk->nsp", weights, shifted)
+    identity = F.pad(torch.eye(x.shape[-1], device=x.device), (radius, radius), mode="reflect")
+    with torch.autocast(x.device.type, enabled=False):
+        matrix = torch.einsum("nk,psk->nsp", weights, identity.unfold(1, len(offsets), 1))  # (N,k) · (S,S,k)
     return separable(x, matrix, matrix)
 
 
