@@ -738,6 +738,8 @@ class TestViews:
     @pytest.mark.parametrize("u, size, area, box", [
         (0.5, (4, 2), 1 / 8, [2, 1, 1, 1]),
         (0.5, (4, 4), 1, [0, 0, 4, 4]),
+        (0.5, (12, 8), 2 / 3, [2, 0, 8, 8]),
+        (0.5, (8, 12), 2 / 3, [0, 2, 8, 8]),
         (ALMOST_1, (30, 20), 1 / 6, [20, 10, 10, 10]),
     ])  # fmt: skip
     def test_a_crop_can_be_one_pixel_or_the_full_image_and_lie_at_every_edge(self, u, size, area, box):
@@ -942,10 +944,12 @@ class TestEvaluation:
     @pytest.mark.parametrize("scale", [1, 50])
     @pytest.mark.parametrize("decay", [1e-4, 1e-2])
     @pytest.mark.parametrize("classes", [2, 4])
-    def test_the_linear_classifier_minimizes_cross_entropy_and_decay(self, classes, decay, scale):
+    def test_the_linear_classifier_is_frozen_and_minimizes_cross_entropy_and_decay(self, classes, decay, scale):
         x = scale * torch.randn(60, 3, dtype=torch.float64)
         y = torch.randint(classes, (60,))
-        assert slope(moco.fit_linear(x, y, classes, decay), x, y, decay) < 1e-3 * scale
+        linear = moco.fit_linear(x, y, classes, decay)
+        assert not linear.weight.requires_grad
+        assert slope(linear, x, y, decay) < 1e-3 * scale
 
     def test_the_linear_classifier_converges_on_6000_correlated_features_of_256_dimensions(self):
         x = torch.randn(6000, 256, generator=rng(1)).cumsum(1)
@@ -2359,7 +2363,7 @@ class TestCommandLine:
     train --schedule 120 160; train --batch-size 64; train --data nowhere; linear c.pt --knn-k 3; neighbors c.pt c.pt/x;
     trian; train --device cuda; train --out no/c.pt; knn c.pt --data flat; export c.pt ckpt.pt; knn c.pt --size 99999;
     train --colour; train --data bad; train --out old.pt; train --out device; knn c.pt --knn-k 0; train --epochs 0;
-    train --lr nan; train --size 8; views empty; linear ckpt.pt; knn no.pt; views ckpt.pt"""
+    train --lr nan; train --size 8; views empty; linear ckpt.pt; knn no.pt; views ckpt.pt; knn c.pt --knn-t 0"""
 
     @pytest.mark.parametrize("arguments", re.split(r";\s+", MISTAKES))
     def test_a_mistake_costs_a_line_or_typers_box_that_names_it_and_status_2_and_writes_nothing(
