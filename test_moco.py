@@ -2391,6 +2391,7 @@ class TestCommandLine:
         ("open('no.csv')", "moco: [Errno 2] No such file or directory: 'no.csv'\n"),
         ("os.close(999)", "moco: [Errno 9] Bad file"),
         ("bytes(2**62)", "moco: too little memory"), ("torch.empty(2**60)", "moco: too little memory"),
+        ("(x for x in ()).throw(torch.OutOfMemoryError('Tried to allocate 2.00 GiB'))", "moco: too little memory"),
     ])  # fmt: skip
     def test_what_the_system_refuses_costs_a_line_but_a_bug_a_traceback(self, run, monkeypatch, code, line):
         monkeypatch.setattr(moco, "load_data", lambda *_: eval(code))
