@@ -18,7 +18,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 torch.set_num_threads(1)  # tensors are small: on busy cores, threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-os.environ |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "80"}  # no colors in help, as on GitHub
+os.environ |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1", "TERMINAL_WIDTH": "80"}  # GitHub would color --help
 # Autograd counts the GPUs once. If a fake one were there, no forked process could compute gradients.
 torch.ones(1, requires_grad=True).backward()
 

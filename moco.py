@@ -271,7 +271,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"a batch of {len(x)} cannot be split into {splits} groups")
         means = self.running_mean.repeat(splits, 1)  # a copy per group: F.batch_norm updates it in place
         variances = self.running_var.repeat(splits, 1)
-        weights = self.weight.expand(splits, -1) if self.affine else [None] * splits  # autograd sums gradients once
+        weights = self.weight.expand(splits, -1) if self.affine else [None] * splits  # once, so backward sums only once
         biases = self.bias.expand(splits, -1) if self.affine else [None] * splits
         normalized = [
             F.batch_norm(group, mean, variance, weight, bias, True, self.momentum, self.eps)

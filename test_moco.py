@@ -57,7 +57,7 @@ MOCO = str(Path(moco.__file__))
 
 
 def close(actual, expected, atol=1e-5, rtol=None):
-    rtol = min(atol, 1e-5) if rtol is None else rtol
+    rtol = min(atol, 1e-5) if rtol is None else rtol  # as strict as atol
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
